@@ -1,0 +1,129 @@
+"""Muon: momentum, orthogonalised, for matrices; Adam for everything else. One optimiser, one process.
+
+    optimizer = Muon(hidden_matrices, other_parameters, lr=3e-4)
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Bernstein & Newhouse 2024) replaces the momentum of
+a weight matrix by the nearest matrix whose singular values are all about 1. Use it for the hidden matrices of a network
+and keep input layers, output heads, biases and scalars on Adam. A stack of matrices (N, out, in), such as the hidden
+layer of a critic ensemble, is treated as N separate matrices, and all matrices of one shape are orthogonalised in one
+batched product.
+
+What differs from the reference code (KellerJordan/Muon): gradients are left as they were, a parameter without a gradient
+does not move, float32 is used where bfloat16 would be slow, and the polynomial has `POLYNOMIAL`'s coefficients.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam  # the function behind torch.optim.Adam
+
+# Keller Jordan's quintic, five times: the reference. Slope 3.4445 at zero, so a singular value of s grows to 485 s.
+KELLER = ((3.4445, -4.7750, 2.0315),) * 5
+POLYNOMIAL = KELLER
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices at least as fast as float32 (a CPU without such units: 30x slower)."""
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def orthogonalize(G: Tensor, polynomial: tuple = POLYNOMIAL) -> Tensor:
+    """Move the singular values of each matrix in G (..., out, in) towards 1 and keep its singular vectors.
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X for each (a, b, c) of `polynomial`, on the shorter side of the matrix,
+    after a division by the Frobenius norm (an upper bound of the largest singular value).
+    """
+    X = G.to(torch.bfloat16) if bf16_is_fast(G.device) else G
+    tall = X.size(-2) > X.size(-1)
+    X = (X.mT if tall else X).flatten(0, -3) if X.dim() > 2 else (X.mT if tall else X).unsqueeze(0)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in polynomial:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for `matrices`, Adam for `others`.
+
+    matrices: parameters of shape (out, in) or (N, out, in), in the orientation in which they multiply column vectors.
+    others: parameters of any shape. Both take the learning rate `lr`.
+    scale: "rms" multiplies the orthogonal update by 0.2 sqrt(max(out, in)), so that its entries are as large as Adam's
+        (Moonlight, arXiv 2502.16982) and Adam's learning rates carry over; "spectral" by sqrt(max(1, out / in)) (Jordan).
+    momentum: 0.95, Nesterov (Jordan). betas, eps: torch.optim.Adam's. No weight decay: neither SMAC nor SAC uses it.
+    """
+
+    def __init__(
+        self,
+        matrices,
+        others=(),
+        lr: float = 3e-4,
+        momentum: float = 0.95,
+        scale: str = "rms",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        polynomial: tuple = POLYNOMIAL,
+    ):
+        matrices, others = list(matrices), list(others)
+        for p in matrices:
+            if p.dim() not in (2, 3):
+                raise ValueError(f"Muon takes (out, in) or (N, out, in), not {tuple(p.shape)}: give it to `others`.")
+        if scale not in ("rms", "spectral"):
+            raise ValueError(f'scale is "rms" or "spectral", not {scale!r}.')
+        groups = [{"params": matrices, "muon": True}] if matrices else []
+        groups += [{"params": others, "muon": False}] if others else []
+        self.polynomial = polynomial
+        super().__init__(groups, dict(lr=lr, momentum=momentum, scale=scale, betas=betas, eps=eps))
+        # The whole state exists from the start: a checkpoint always has the same keys, and CUDA graphs fixed addresses.
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["muon"]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                else:
+                    self.state[p]["step"] = torch.zeros((), device=p.device)
+                    self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params and group["muon"]:
+                self._muon_step(params, group)
+            elif params:
+                states = [self.state[p] for p in params]
+                adam(
+                    params,
+                    [p.grad for p in params],
+                    [s["exp_avg"] for s in states],
+                    [s["exp_avg_sq"] for s in states],
+                    [],
+                    [s["step"] for s in states],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=0.0,
+                    eps=group["eps"],
+                    maximize=False,
+                )
+
+    def _muon_step(self, params: list[Tensor], group: dict) -> None:
+        grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])  # out of place: the gradients stay readable
+        same_shape = defaultdict(list)
+        for p, u in zip(params, nesterov):
+            same_shape[p.shape[-2:]].append((p, u.reshape(-1, *p.shape[-2:])))
+        for (rows, columns), members in same_shape.items():
+            if group["scale"] == "rms":
+                size = 0.2 * max(rows, columns) ** 0.5
+            else:
+                size = max(1.0, rows / columns) ** 0.5
+            stack = torch.cat([u for _, u in members]) if len(members) > 1 else members[0][1]
+            updates = orthogonalize(stack, self.polynomial).split([len(u) for _, u in members])
+            for (p, _), update in zip(members, updates):
+                p.sub_(update.view_as(p), alpha=group["lr"] * size)
