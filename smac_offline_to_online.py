@@ -4,7 +4,7 @@
 #     "torch==2.13.0",
 #     "gymnasium[mujoco]>=1.1",
 #     "gymnasium-robotics>=1.4",
-#     "mujoco<3.17",
+#     "mujoco>=3.3,<3.11",
 #     "tyro>=1.0",
 #     "numpy>=2.0",
 #     "h5py>=3.11",
