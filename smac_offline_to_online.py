@@ -1,38 +1,24 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco]>=1.1",
-#     "gymnasium-robotics>=1.4",
-#     "mujoco>=3.3,<3.11",
-#     "tyro>=1.0",
-#     "numpy>=2.0",
-#     "h5py>=3.11",
-#     "minari>=0.5.3",
-#     "tqdm>=4.66",
-#     "tensorboard>=2.17",
-#     "matplotlib>=3.9",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]>=1.1", "gymnasium-robotics>=1.4", "mujoco>=3.3,<3.11", "tyro>=1.0",
+#     "numpy>=2.0", "h5py>=3.11", "minari>=0.5.3", "tqdm>=4.66", "tensorboard>=2.17", "matplotlib>=3.9"]
 # ///
-"""SMAC, Score-Matched Actor-Critic (arXiv 2602.17632): pretrain on a fixed dataset, then go on online without a drop.
+"""SMAC, Score-Matched Actor-Critic (arXiv 2602.17632): pretrain on a fixed dataset, go on online without a drop.
 
-    python smac_offline_to_online.py                                    # Hopper on the embedded dataset, 15 min, 2 cores
-    python smac_offline_to_online.py --task door-binary-v0 --online-algorithm td3
+    python smac_offline_to_online.py                                     # embedded Hopper data: 15 minutes, 2 cores
+    python smac_offline_to_online.py --task walker2d-medium-replay-v2 --online-algorithm td3
     python smac_offline_to_online.py --resume runs/hopper-embedded__smac__0__20260101-120000
-    python smac_offline_to_online.py --task hopper-medium-replay-v2 --help      # that task's own defaults
+    python smac_offline_to_online.py --task door-binary-v0 --help        # the flags with that task's defaults
 
-Three phases, in this file's order: (1) a diffusion model of the dataset's actions, conditioned on the trajectory's return
-w, whose noise estimate at w = 1 gives the score; (2) an actor-critic whose action gradient follows that score,
-grad_a Q(s, a) = alpha grad_a log p(a|s, w=1); (3) plain SAC, TD3, TD3+BC or AWR from those networks, without the score.
-
-Where the paper is silent or we deviate, the flag's text and docs/smac.md say so. The largest deviation is alpha: see
-`--alpha-mode`. The checkpoint format that all scripts share is in docs/checkpoint.md.
+Three phases, in the order of this file: (1) a diffusion model of the dataset's actions, conditioned on the return w of
+their trajectory, whose noise estimate at w = 1 gives a score; (2) an actor-critic whose action gradient follows that
+score, grad_a Q(s, a) = alpha grad_a log p(a | s, w=1); (3) plain SAC, TD3, TD3+BC or AWR from there, without the score.
+Deviations from the paper, with the measurements behind them, are in docs/smac.md; the largest is alpha (--alpha-mode).
 """
 
 import argparse
+import contextlib
 import copy
-import csv
-import dataclasses
 import difflib
 import http.client
 import io
@@ -44,9 +30,8 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -62,318 +47,205 @@ from tqdm import tqdm
 
 from muon import Muon, bf16_is_fast
 
-# ================================================================================================ flags
+
+# ==== flags: a default without a source is from the paper's locomotion column (Tables 6, 7); ROWS has the other columns
 @dataclass
 class RunFlags:
-    task: str = "hopper-embedded"
-    """Task, e.g. hopper-embedded, walker2d-medium-replay-v2, door-binary-v0; a wrong name prints all. Sets the defaults."""
-    seed: int = 0
-    """Seed of the networks, the batches, the exploration, the training episodes and the evaluation episodes."""
-    resume: Path | None = None
-    """Run folder to go on with, exactly where its last checkpoint (last.pt) stands. Its flags are the defaults here."""
-    init_from: Path | None = None
-    """An offline checkpoint of any of our scripts (offline.pt): its networks go straight to the online phase."""
-    runs_dir: Path = Path("runs")
-    """Where run folders are made."""
-    device: str = "auto"
-    """auto takes cuda where there is one; else cpu, cuda:1, ..."""
-    torch_threads: int = 1
-    """CPU threads of one run. Matrices this small gain little from more: start one run a core (docs/smac.md)."""
-    compile: bool = False
-    """Compile whole update steps (30-60 s at the start; CUDA graphs on a GPU). Needs a C++ compiler, else runs eager."""
-    checkpoint_every: int = 10_000
-    """Steps between checkpoints. One is also written at the end of a phase and on Ctrl-C or SIGTERM."""
-    log_every: int = 500
-    """Steps between rows of metrics.csv and TensorBoard."""
-    track: bool = False
-    """Also log to Weights & Biases (pip install wandb; WANDB_MODE=offline works)."""
-    wandb_project: str = "smac"
-    """Project name for --track."""
-    capture_video: bool = False
-    """Record one episode of the final policy into the run folder (needs MUJOCO_GL=egl or osmesa without a screen)."""
+    task: str = "hopper-embedded"  # hopper-medium-replay-v2, door-binary-v0, ...; a wrong name lists all. Sets defaults
+    seed: int = 0  # of networks, batches, exploration, training and evaluation episodes
+    resume: Path | None = None  # run folder to go on with, exactly where its last.pt stands; its flags are the defaults
+    init_from: Path | None = None  # offline.pt of any of our scripts: its networks go straight to the online phase
+    runs_dir: Path = Path("runs")  # where run folders are made
+    device: str = "auto"  # auto: cuda where there is one; else cpu, cuda:1, ...
+    torch_threads: int = 1  # CPU threads. Matrices this small gain little from more: better start one run a core
+    compile: bool = (
+        False  # compile whole update steps: a minute at the start, CUDA graphs on a GPU; needs a C++ compiler
+    )
+    checkpoint_every: int = 10_000  # steps between checkpoints; one more at a phase's end, on Ctrl-C and on SIGTERM
+    log_every: int = 500  # steps between rows of metrics.csv and TensorBoard
+    eval_every: int = 10_000  # steps between evaluations, offline and online
+    eval_episodes: int = 20  # episodes an evaluation, deterministic policy, the same starts each time (WSRL: 20)
+    final_episodes: int = 50  # episodes of the last evaluation, from starts that no earlier one used
+    track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_MODE=offline works)
+    capture_video: bool = False  # record an episode of the final policy (without a screen: MUJOCO_GL=egl or osmesa)
 
 
 @dataclass
 class DataFlags:
-    dataset: str | None = None
-    """D4RL-layout HDF5 file, or minari:ID. Default: the task's own, downloaded to $D4RL_DATASET_DIR or ~/.d4rl/datasets."""
-    save_replay: Path | None = None
-    """Write everything that the online phase collected to this HDF5 file, in D4RL's layout."""
+    dataset: str | None = None  # D4RL-layout HDF5, or minari:ID; else the task's own, from $D4RL_DATASET_DIR or ~/.d4rl
+    save_replay: Path | None = None  # write all that the online phase collected to this file, in D4RL's layout
 
 
 @dataclass
 class ScoreFlags:
-    score_steps: int = 1_000_000
-    """Training steps of the diffusion model. Paper, Table 6."""
+    score_steps: int = 1_000_000  # training steps of the diffusion model
     score_batch_size: int = 512
-    """Paper, Table 6."""
-    score_lr: float = 3e-4
-    """Adam, cosine decay to 0 over score_steps. IDQL's and CleanDiffuser's value; the paper names none."""
-    score_hidden: int = 512
-    """Width of the residual trunk (its blocks are four times as wide inside, as IDQL's). Paper, Table 6."""
-    score_blocks: int = 3
-    """Residual blocks. Paper, Table 6."""
-    score_condition_hidden: tuple[int, ...] = (512, 512, 512)
-    """Hidden layers of the network that embeds (s, w) in 64 numbers. Paper, Table 6."""
-    score_dropout: float = 0.1
-    """In the residual blocks, while fitting only. IDQL's value; the paper names none."""
-    score_return: bool = True
-    """Condition on w, the trajectory's min-max normalised return, and query at w = 1 (paper, 6.1)."""
+    score_lr: float = 3e-4  # Adam, cosine decay to 0 (IDQL, CleanDiffuser; the paper names none)
+    score_hidden: int = 512  # width of the residual trunk; its blocks are four times as wide inside
+    score_blocks: int = 3  # residual blocks
+    score_condition_hidden: tuple[int, ...] = (512, 512, 512)  # of the network that embeds (s, w) in 64 numbers
+    score_return: bool = True  # condition on w, the trajectory's min-max normalised return, and query at w = 1
 
 
 @dataclass
 class OfflineFlags:
-    offline_steps: int = 250_000
-    """Score-matched pretraining updates. Paper, Table 7. 0: no dataset, train the online algorithm from scratch."""
+    offline_steps: int = 250_000  # score-matched updates; 0: no dataset, the online algorithm from scratch
     offline_batch_size: int = 64
-    """Paper, Table 7."""
     num_critics: int = 10
-    """Critic ensemble. Paper, Table 7."""
     critic_hidden: tuple[int, ...] = (512, 512, 512)
-    """Paper, Table 7."""
     critic_activation: Literal["tanh", "relu"] = "tanh"
-    """Paper, Table 7."""
     policy_hidden: tuple[int, ...] = (512, 512, 512)
-    """Paper, Table 7 (relu)."""
+    normalize_observations: bool = False  # by the dataset's mean and deviation, in policy and critics (WSRL does not)
     critic_lr: float = 3e-4
-    """Paper, Table 7."""
     policy_lr: float = 1e-4
-    """Paper, Table 7."""
-    temperature_lr: float = 1e-4
-    """Adam on the log temperature. WSRL's value; the paper names none."""
-    target_entropy_scale: float = -10.0
-    """Target entropy per action dimension. Paper, Table 7."""
-    gamma: float = 0.99
-    """Discount. Paper, Table 7."""
-    tau: float = 0.005
-    """Polyak rate of the target critics. Paper, Table 7."""
-    kappa: float = 40.0
-    """Weight of the score-matching loss. Paper, Table 7."""
-    alpha_mode: Literal["scaled", "fixed", "learned"] = "scaled"
-    """alpha: alpha_scale times the mean |TD target| (ours); alpha_scale itself; or the paper's network alpha(s)."""
-    alpha_scale: float = 0.015
-    """See alpha_mode. Ours: docs/smac.md has the measurement."""
-    alpha_lr: float = 1e-4
-    """Of the network alpha(s), [256, 256] relu, linear output. Paper, Table 7."""
-    score_sign: Literal["minus", "plus"] = "minus"
-    """minus: Q's gradient follows -eps, which points along the score. plus: +eps, as the paper prints the loss."""
-    optimizer: Literal["muon", "adam"] = "muon"
-    """muon: hidden matrices of critic and policy on Muon, the rest on Adam. Paper, Section 6; scope and scale are ours."""
-    muon_scale: Literal["rms", "spectral"] = "rms"
-    """Size of a Muon step: as large as Adam's (Moonlight), or Jordan's. The paper does not say."""
+    temperature_lr: float = 1e-4  # Adam on the log temperature (WSRL; the paper names none)
+    target_entropy_scale: float = -10.0  # target entropy per action dimension
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # Polyak rate of the target critics
+    kappa: float = 40.0  # weight of the score-matching loss
+    alpha_mode: Literal["scaled", "fixed", "learned"] = (
+        "scaled"  # alpha_scale x mean |Q|; alpha_scale; paper's alpha(s)
+    )
+    alpha_scale: float = 0.015  # see alpha_mode (ours, measured in docs/smac.md)
+    score_sign: Literal["minus", "plus"] = "minus"  # Q's gradient follows -eps, along the score; plus: as printed
+    optimizer: Literal["muon", "adam"] = "muon"  # muon: hidden matrices of critics and policy on Muon, the rest on Adam
+    muon_scale: Literal["rms", "spectral"] = "rms"  # a step as large as Adam's (Moonlight), or Jordan's (paper silent)
 
 
 @dataclass
 class OnlineFlags:
-    online_algorithm: Literal["sac", "td3", "td3+bc", "awr", "none"] = "sac"
-    """What goes on training the pretrained networks."""
-    online_steps: int = 200_000
-    """Environment steps, the warm start included. Paper, Section 4.2."""
-    warmup_steps: int = 5_000
-    """First online steps: the pretrained policy collects, nothing is updated. Paper, Section 4.2 (after WSRL)."""
+    online_algorithm: Literal["sac", "td3", "td3+bc", "awr", "none"] = "sac"  # what goes on training the networks
+    online_steps: int = 200_000  # environment steps, warm start included (paper, 4.2)
+    warmup_steps: int = 5_000  # first online steps: the pretrained policy collects, nothing is updated (paper, 4.2)
     online_batch_size: int = 1024
-    """Paper, Table 7."""
-    offline_fraction: float = 0.5
-    """Share of each online batch that comes from the dataset. Paper, Section 4.2."""
-    utd: int = 1
-    """Critic updates per environment step, each on online_batch_size / utd rows; the policy has one on all of them."""
-    backup_entropy: bool = False
-    """Whether the TD target holds SAC's entropy bonus. The paper's L_AC has none."""
-    awr_temperature: float = 0.4
-    """awr: weight exp(temperature (Q - V)), at most 100. Paper, Table 7."""
-    bc_weight: float = 5.0
-    """td3+bc: -Q / mean |Q| + bc_weight (pi(s) - a)^2, a mean over dimensions. Paper, Table 7."""
-    exploration_noise: float = 0.1
-    """td3, td3+bc: standard deviation of the noise on collected actions. TD3's value."""
-    stop_at_score: float | None = None
-    """End the run at the first online evaluation with this mean score."""
+    offline_fraction: float = 0.5  # share of each online batch that comes from the dataset (paper, 4.2)
+    utd: int = 1  # critic updates a step, each on online_batch_size / utd rows; one policy update on all of them
+    backup_entropy: bool = False  # SAC's entropy bonus in the TD target (the paper's L_AC has none)
+    awr_temperature: float = 0.4  # awr: weight exp(awr_temperature (Q - V)), at most 100
+    bc_weight: float = 5.0  # td3+bc: -Q / mean |Q| + bc_weight (pi(s) - a)^2, a mean over dimensions
+    exploration_noise: float = 0.1  # td3, td3+bc: deviation of the noise on collected actions (TD3)
+    stop_at_score: float | None = None  # end the run at the first online evaluation with this mean score
 
 
-@dataclass
-class EvalFlags:
-    eval_every: int = 10_000
-    """Steps between evaluations, offline and online."""
-    eval_episodes: int = 20
-    """Episodes per evaluation, with the deterministic policy; the same starts each time. WSRL's number."""
-    final_episodes: int = 50
-    """Episodes of the last evaluation, from starts that no earlier evaluation used."""
+GROUPS = dict(run=RunFlags, data=DataFlags, score=ScoreFlags, offline=OfflineFlags, online=OnlineFlags)
+Flags = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
 
-
-@dataclass
-class Flags:
-    run: Annotated[RunFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=RunFlags)
-    data: Annotated[DataFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=DataFlags)
-    score: Annotated[ScoreFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=ScoreFlags)
-    offline: Annotated[OfflineFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=OfflineFlags)
-    online: Annotated[OnlineFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=OnlineFlags)
-    evaluation: Annotated[EvalFlags, tyro.conf.OmitArgPrefixes] = field(default_factory=EvalFlags)
-
-
-# ================================================================================================ tasks
-@dataclass(frozen=True)
-class Task:
-    env_id: str
-    min_score: float  # returns at which the D4RL score is 0 and 100: D4RL's infos.py
-    max_score: float
-    domain: str  # locomotion, adroit or kitchen: what a success is, which rewards are stored
-    max_steps: int
-    file: str  # in the dataset folder; a D4RL URL's last part
-    url: str | None = None
-    reward_scale: float = 1.0  # of the training reward, offline and online: scale * r + bias. WSRL's values
-    reward_bias: float = 0.0
-    env_kwargs: dict = field(default_factory=dict)
-
-
-D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-ANT = dict(include_cfrc_ext_in_observation=False, contact_cost_weight=0.0)  # D4RL's contact forces are all zero
-REFERENCE = {  # env_id, return of a random and of an expert policy, keyword arguments
-    "hopper": ("Hopper-v5", -20.272305, 3234.3, {}),
-    "walker2d": ("Walker2d-v5", 1.629008, 4592.3, {}),
-    "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0, {}),
-    "ant": ("Ant-v5", -325.6, 3879.7, ANT),
-}
-KITCHEN_TASKS = {  # which of the kitchen's tasks count, and D4RL's file name for them
-    "complete": ("mini_kitchen_microwave_kettle_light_slider-v0", ["microwave", "kettle", "light switch", "slide cabinet"]),
-    "partial": ("kitchen_microwave_kettle_light_slider-v0", ["microwave", "kettle", "light switch", "slide cabinet"]),
-    "mixed": ("kitchen_microwave_kettle_bottomburner_light-v0", ["microwave", "kettle", "bottom burner", "light switch"]),
-}
-TASKS = {"hopper-embedded": Task("Hopper-v5", *REFERENCE["hopper"][1:3], "locomotion", 1000, "hopper-medium-replay.hdf5")}
-for name, (env_id, low, high, kwargs) in REFERENCE.items():
-    for kind in ("random", "medium", "medium-replay", "medium-expert", "expert"):
-        file = f"{name}_{kind.replace('-', '_')}-v2.hdf5"
-        url = f"{D4RL_URL}gym_mujoco_v2/{file}"
-        TASKS[f"{name}-{kind}-v2"] = Task(env_id, low, high, "locomotion", 1000, file, url, env_kwargs=kwargs)
-for name, steps in (("pen", 100), ("door", 200), ("relocate", 200)):
-    env_id = f"AdroitHand{name.title()}Sparse-v1"
-    TASKS[f"{name}-binary-v0"] = Task(env_id, 0, 1, "adroit", steps, f"offpolicy_hand_data/{name}", None, 10.0, 5.0)
-for name, (file, subtasks) in KITCHEN_TASKS.items():
-    kwargs = dict(tasks_to_complete=subtasks)
-    url = f"{D4RL_URL}kitchen/{file}.hdf5"
-    TASKS[f"kitchen-{name}-v0"] = Task("FrankaKitchen-v1", 0, 4, "kitchen", 280, f"{file}.hdf5", url, 1.0, -4.0, kwargs)
-
-# One row of defaults a domain. What a row leaves out stays as the flags above have it (the paper's locomotion column).
+# Rows of other defaults. adroit, kitchen: paper, Tables 6 and 7. hopper-embedded: ours, the method at a size for two CPU
+# cores (docs/smac.md). from-scratch, with --offline-steps 0: SAC's own (softlearning).
 ROWS = {
-    "locomotion": {},
-    "adroit": dict(  # paper, Tables 6 and 7
-        score_steps=3_000_000,
-        score_batch_size=1024,
-        score_blocks=5,
-        score_condition_hidden=(256, 256, 256),
-        critic_hidden=(512, 512, 512, 512),
-        policy_hidden=(256, 256, 256),
-        offline_steps=200_000,
-        awr_temperature=20.0,
-        bc_weight=0.2,
+    "adroit": dict(score_steps=3_000_000, score_batch_size=1024, score_blocks=5, score_condition_hidden=(256,) * 3)
+    | dict(
+        critic_hidden=(512,) * 4, policy_hidden=(256,) * 3, offline_steps=200_000, awr_temperature=20.0, bc_weight=0.2
     ),
-    "kitchen": dict(  # paper, Tables 6 and 7
-        score_steps=3_000_000,
-        score_batch_size=1024,
-        score_blocks=5,
-        score_condition_hidden=(256, 256, 256),
-        critic_hidden=(512, 512, 512, 512),
-        kappa=50.0,
-        offline_steps=400_000,
-        awr_temperature=5.0,
-        bc_weight=2.0,
-    ),
-    "hopper-embedded": dict(  # ours: the same method at a size for two CPU cores, measured in docs/smac.md
-        score_steps=12_000,
-        score_batch_size=256,
-        score_lr=1e-3,
-        score_hidden=128,
-        score_blocks=2,
-        score_condition_hidden=(128, 128),
-        offline_steps=30_000,
-        offline_batch_size=128,
-        num_critics=4,
-        critic_hidden=(128, 128),
-        policy_hidden=(128, 128),
-        policy_lr=3e-4,
-        temperature_lr=1e-3,
-        tau=0.01,
-        kappa=1.0,
-        online_steps=25_000,
-        warmup_steps=2_000,
-        online_batch_size=256,
-        eval_every=2_500,
-        eval_episodes=10,
-    ),
-    "from-scratch": dict(  # --offline-steps 0: SAC's own defaults (Haarnoja et al. 2018; softlearning), TD3's where TD3 runs
-        num_critics=2,
-        critic_hidden=(256, 256),
-        critic_activation="relu",
-        policy_hidden=(256, 256),
-        policy_lr=3e-4,
-        temperature_lr=3e-4,
-        target_entropy_scale=-1.0,
-        backup_entropy=True,
-        optimizer="adam",
-        tau=0.005,
-        online_steps=1_000_000,
-        online_batch_size=256,
-        offline_fraction=0.0,
-        warmup_steps=5_000,
-        eval_every=5_000,
-        eval_episodes=10,
-    ),
+    "kitchen": dict(score_steps=3_000_000, score_batch_size=1024, score_blocks=5, score_condition_hidden=(256,) * 3)
+    | dict(critic_hidden=(512,) * 4, kappa=50.0, offline_steps=400_000, awr_temperature=5.0, bc_weight=2.0),
+    "hopper-embedded": dict(score_steps=12_000, score_batch_size=256, score_lr=1e-3, score_hidden=128, score_blocks=2)
+    | dict(score_condition_hidden=(128, 128), offline_steps=30_000, offline_batch_size=128, num_critics=4, kappa=1.0)
+    | dict(critic_hidden=(128, 128), policy_hidden=(128, 128), policy_lr=3e-4, temperature_lr=1e-3, tau=0.01)
+    | dict(online_steps=25_000, warmup_steps=2_000, online_batch_size=256, eval_every=2_500, eval_episodes=10),
+    "from-scratch": dict(num_critics=2, critic_hidden=(256, 256), critic_activation="relu", policy_hidden=(256, 256))
+    | dict(policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0, backup_entropy=True, optimizer="adam")
+    | dict(online_steps=1_000_000, online_batch_size=256, offline_fraction=0.0, eval_every=5_000, eval_episodes=10),
 }
-
-
-class BadInput(Exception):
-    """One sentence for the user: what is wrong and what to do. Ends the run with exit code 2 before any training."""
-
-
-def parse_flags(argv: list[str] | None = None) -> SimpleNamespace:
-    """Flags over the run to resume, or over the task's row, over the defaults. One flat namespace comes back."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default="hopper-embedded")
-    first.add_argument("--offline-steps", "--offline_steps", type=int)
-    first.add_argument("--init-from", "--init_from", type=Path)
-    first.add_argument("--resume", type=Path)
-    given, _ = first.parse_known_args(argv)
-    if given.resume is not None:
-        try:
-            row = json.loads((given.resume / "config.json").read_text())
-        except (OSError, ValueError) as e:
-            raise BadInput(f"--resume {given.resume}: not a run folder of ours, its config.json cannot be read ({e}).")
-    else:
-        if given.task not in TASKS:
-            near = difflib.get_close_matches(given.task, TASKS, 3) or sorted(TASKS)
-            raise BadInput(f"--task {given.task}: no such task. Did you mean {', '.join(near)}? All: {', '.join(TASKS)}.")
-        row = dict(ROWS[TASKS[given.task].domain], task=given.task, **{})
-        row |= ROWS.get(given.task, {})
-        row |= ROWS["from-scratch"] if given.offline_steps == 0 and given.init_from is None else {}
-        if given.init_from is not None:
-            row |= {k: v for k, v in read_checkpoint(given.init_from)["args"].items() if k in NETWORK_FLAGS}
-    default = Flags()
-    for group in vars(default).values():
-        for f in dataclasses.fields(group):
-            if f.name in row:
-                value = row[f.name]
-                value = tuple(value) if isinstance(value, list) else value
-                is_path = isinstance(value, str) and f.name in ("resume", "init_from", "runs_dir", "save_replay")
-                setattr(group, f.name, Path(value) if is_path else value)
-    flags = tyro.cli(Flags, args=argv, default=default, description=__doc__.split("\n\n")[0])
-    return SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
-
-
-# Flags that fix the shape of the networks: a checkpoint that is started from brings its own.
 NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "optimizer", "muon_scale")
 
 
-# ================================================================================================ shared: data
-def dataset_path(task: Task, dataset: str | None) -> Path:
-    """Where the task's file is; downloaded when it is one of D4RL's and missing."""
-    if dataset is not None:
-        return Path(dataset)
-    if task.url is None and task.domain == "locomotion":
-        return Path(__file__).resolve().parent / "data" / task.file
-    path = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets") / task.file
-    if task.url is not None and not path.exists():
-        download(task.url, path)
-    return path
+def parse_flags() -> SimpleNamespace:
+    """The flags given, over the run to resume or the task's row, over the defaults; as one flat namespace."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, kind in dict(task=str, offline_steps=int, init_from=Path, resume=Path).items():
+        first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", type=kind)
+    given, _ = first.parse_known_args()
+    name = given.task or RunFlags.task
+    if given.resume is not None:
+        row = read_config(given.resume) | {"resume": given.resume}
+    elif name not in TASKS:
+        near = ", ".join(difflib.get_close_matches(name, TASKS, 3, 0.3)) or "none"
+        raise BadInput(f"--task {name}: no such task. Near: {near}. All: {', '.join(TASKS)}.")
+    else:
+        scratch = given.offline_steps == 0 and given.init_from is None
+        row = ROWS.get(TASKS[name].domain, {}) | ROWS.get(name, {}) | (ROWS["from-scratch"] if scratch else {})
+        row |= {"task": name}
+        if given.init_from is not None:  # a checkpoint brings the shape of its networks
+            row |= {k: v for k, v in read_checkpoint(given.init_from)["args"].items() if k in NETWORK_FLAGS}
+    groups = [group() for group in GROUPS.values()]
+    for group, f in ((group, f) for group in groups for f in fields(group) if row.get(f.name) is not None):
+        value = Path(row[f.name]) if "Path" in str(f.type) else row[f.name]
+        setattr(group, f.name, tuple(value) if isinstance(value, list) else value)
+    flags = tyro.cli(Flags, default=Flags(*groups), description=(__doc__ or "").split("\n\n")[0])
+    args = SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
+    for name in (
+        "eval_every",
+        "eval_episodes",
+        "final_episodes",
+        "log_every",
+        "checkpoint_every",
+        "num_critics",
+        "utd",
+    ):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed.")
+    if args.online_batch_size % args.utd or not 0 <= args.offline_fraction <= 1:
+        raise BadInput("--online-batch-size must be a multiple of --utd, and --offline-fraction lie between 0 and 1.")
+    return args
 
 
+# ==== shared: tasks
+@dataclass(frozen=True)
+class Task:
+    env_id: str
+    domain: str  # locomotion, adroit, kitchen: which rewards, what a success is
+    max_steps: int
+    file: str  # in the dataset folder; in D4RL's folder `url`, where it is one of theirs
+    url: str | None = None
+    zero: float = 0.0  # raw returns with the scores 0 and 100 (D4RL's infos.py)
+    hundred: float = 1.0
+    scale: float = 1.0  # training reward, offline and online: scale * r + bias (WSRL's values); never evaluation's
+    bias: float = 0.0
+    env_kwargs: dict = field(default_factory=dict)
+
+    def score(self, total, last):
+        """D4RL score of episodes with these raw returns and last rewards: 100 is an expert, a success, four subtasks."""
+        if self.domain == "locomotion":
+            return 100 * (np.asarray(total) - self.zero) / (self.hundred - self.zero)
+        return 25.0 * np.asarray(last) if self.domain == "kitchen" else 100.0 * (np.asarray(last) == 0)
+
+
+D4RL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+RETURNS = dict(Hopper=(-20.272305, 3234.3), Walker2d=(1.629008, 4592.3), HalfCheetah=(-280.178953, 12135.0))
+RETURNS["Ant"] = (-325.6, 3879.7)
+ANT = dict(
+    include_cfrc_ext_in_observation=False, contact_cost_weight=0.0
+)  # D4RL's recorded contact forces are all zero
+KITCHEN = dict(complete="mini_kitchen_microwave_kettle_light_slider", partial="kitchen_microwave_kettle_light_slider")
+KITCHEN["mixed"] = "kitchen_microwave_kettle_bottomburner_light"
+TASKS = {
+    "hopper-embedded": Task("Hopper-v5", "locomotion", 1000, "hopper-medium-replay.hdf5", None, *RETURNS["Hopper"])
+}
+for name, returns in RETURNS.items():
+    for kind in ("random", "medium", "medium-replay", "medium-expert", "expert"):
+        file, kwargs = f"{name.lower()}_{kind.replace('-', '_')}-v2.hdf5", ANT if name == "Ant" else {}
+        task = Task(f"{name}-v5", "locomotion", 1000, file, D4RL + "gym_mujoco_v2/", *returns, env_kwargs=kwargs)
+        TASKS[f"{name.lower()}-{kind}-v2"] = task
+for name, steps in dict(pen=100, door=200, relocate=200).items():
+    env_id, file = f"AdroitHand{name.title()}Sparse-v1", f"offpolicy_hand_data/{name}"
+    TASKS[f"{name}-binary-v0"] = Task(env_id, "adroit", steps, file, scale=10.0, bias=5.0)
+for name, file in KITCHEN.items():
+    others = ["bottom burner", "light switch"] if name == "mixed" else ["light switch", "slide cabinet"]
+    kwargs = dict(tasks_to_complete=["microwave", "kettle", *others])
+    task = Task("FrankaKitchen-v1", "kitchen", 280, f"{file}-v0.hdf5", D4RL + "kitchen/", bias=-4.0, env_kwargs=kwargs)
+    TASKS[f"kitchen-{name}-v0"] = task
+
+
+class BadInput(Exception):
+    """One sentence for the user: what is wrong and what to do. Exit code 2, before any training."""
+
+
+class Stopped(Exception):
+    """(message, exit code): the run ends early with its state saved."""
+
+
+# ==== shared: data
 def download(url: str, path: Path) -> None:
     """Fetch an HDF5 file under a temporary name, check that it is whole, then give it its name."""
     part = path.with_name(path.name + ".part")
@@ -381,10 +253,8 @@ def download(url: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as f:
             size = int(answer.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := answer.read(1 << 18):
-                    f.write(chunk)
-                    bar.update(len(chunk))
+            with tqdm.wrapattr(f, "write", total=size or None, desc=path.name) as with_progress:
+                shutil.copyfileobj(answer, with_progress)
         if size and part.stat().st_size != size:
             raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
         h5py.File(part).close()
@@ -395,487 +265,463 @@ def download(url: str, path: Path) -> None:
 
 
 def read_dataset(task: Task, dataset: str | None) -> dict[str, np.ndarray]:
-    """The dataset in D4RL's layout: observations, actions, rewards, terminals and, where stored, timeouts and
-    next_observations, one row a step, episodes one after another in time order. Rewards are raw, except that kitchen's
-    are the number of subtasks solved so far and binary Adroit's are success - 1, as their environments here pay them."""
+    """The dataset in D4RL's layout: a row a step, episodes one after another in time order. Rewards are raw; kitchen's are
+    the number of subtasks solved so far and binary Adroit's success - 1, as `TaskEnv` pays them."""
+    cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
     if dataset is not None and dataset.startswith("minari:"):
-        return read_minari(task, dataset.removeprefix("minari:"))
-    path = dataset_path(task, dataset)
-    if task.domain == "adroit" and dataset is None:
-        return read_adroit_npy(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file. --dataset takes a D4RL-layout HDF5 file or minari:ID.")
+        return from_episodes(minari_episodes(task, dataset.removeprefix("minari:")))
+    if dataset is None and task.domain == "adroit":
+        return from_episodes(adroit_episodes(cache / task.file))
+    path = Path(dataset) if dataset else cache / task.file if task.url else Path(__file__).parent / "data" / task.file
+    if dataset is None and task.url and not path.exists():
+        download(task.url + task.file, path)
+    required, optional = ("observations", "actions", "rewards", "terminals"), ("timeouts", "next_observations")
     try:
         with h5py.File(path) as f:
-            known = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-            raw = {k: f[k][()] for k in known if k in f}
+            raw = {k: f[k][()] for k in required + optional if k in f}
+    except FileNotFoundError as e:
+        raise BadInput(f"{path}: no such file. --dataset takes a D4RL-layout HDF5 file or minari:ID.") from e
     except (OSError, RuntimeError) as e:
-        raise BadInput(f"{path}: not a readable HDF5 file ({e}). If a copy broke off, delete it and start again.") from e
-    missing = [k for k in ("observations", "actions", "rewards", "terminals") if k not in raw]
-    if missing:
-        raise BadInput(f"{path}: the keys {', '.join(missing)} are missing; D4RL's layout needs them at the top level.")
+        raise BadInput(
+            f"{path}: not a whole HDF5 file ({e}). If a copy broke off, delete it and fetch it again."
+        ) from e
+    if missing := [k for k in required if k not in raw]:
+        raise BadInput(
+            f"{path}: {', '.join(missing)} missing. D4RL's layout has {', '.join(required)} at the top level."
+        )
     return raw
 
 
-def read_minari(task: Task, name: str) -> dict[str, np.ndarray]:
-    """A Minari dataset, downloaded by minari when it is not on disk. Its N + 1 observations give true next states."""
+def from_episodes(episodes) -> dict[str, np.ndarray]:
+    episodes = list(episodes)
+    return {k: np.concatenate([e[k] for e in episodes]) for k in episodes[0]} if episodes else {"observations": []}
+
+
+def minari_episodes(task: Task, name: str):
+    """A Minari dataset, downloaded by minari if it is not on disk. Its N + 1 observations give true next states."""
     import minari
 
     try:
         episodes = list(minari.load_dataset(name, download=True).iterate_episodes())
-    except Exception as e:  # minari raises whatever its storage, its hub or the network raise
-        raise BadInput(f"minari:{name} cannot be loaded ({type(e).__name__}: {e}); `minari list remote` names all.") from e
-    if not episodes:
-        raise BadInput(f"minari:{name} has no episodes.")
-    columns = {k: [] for k in ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")}
+    except Exception as e:  # minari lets through whatever its storage, its hub or the network raise
+        raise BadInput(f"minari:{name} cannot be loaded ({type(e).__name__}: {e}); see `minari list remote`.") from e
     for e in episodes:
         obs = e.observations["observation"] if isinstance(e.observations, dict) else e.observations
-        rewards = np.cumsum(e.rewards) if task.domain == "kitchen" else np.asarray(e.rewards)  # Minari's are impulses
+        rewards = np.cumsum(e.rewards) if task.domain == "kitchen" else e.rewards  # Minari's pays each subtask once
         if task.domain == "adroit":
-            rewards = np.asarray(e.infos["success"], np.float32)[-len(rewards) :] - 1
-        steps = (obs[:-1], obs[1:], e.actions, rewards, e.terminations, e.truncations)
-        for column, value in zip(columns.values(), steps):
-            column.append(np.asarray(value))
-    return {k: np.concatenate(v) for k, v in columns.items()}
+            rewards = np.asarray(e.infos["success"], np.float32)[-len(e.rewards) :] - 1
+        row = dict(observations=obs[:-1], actions=e.actions, rewards=rewards, next_observations=obs[1:])
+        yield row | dict(terminals=e.terminations, timeouts=e.truncations)
 
 
-def read_adroit_npy(stem: Path) -> dict[str, np.ndarray]:
-    """AWAC's two files for a binary Adroit task: demonstrations, then rollouts of a cloned policy (-1/0 rewards)."""
-    columns = {k: [] for k in ("observations", "actions", "rewards", "terminals", "timeouts")}
+def adroit_episodes(stem: Path):
+    """AWAC's two files for a binary Adroit task: demonstrations, then rollouts of a cloned policy; rewards -1 and 0."""
     for path in (stem.with_name(f"{stem.name}2_sparse.npy"), stem.with_name(f"{stem.name}_bc_sparse4.npy")):
         if not path.is_file():
-            raise BadInput(
-                f"{path}: no such file. Fetch offpolicy_hand_data (Google Drive 1yUdJnGgYit94X_AvV6JJP5Y3Lx2JF30Y) and "
-                f"unpack it into {path.parent.parent}, or pass an HDF5 file of the task with --dataset."
-            )
-        for t in np.load(path, allow_pickle=True):
-            obs = t["observations"]
-            obs = [o["state_observation"] for o in obs] if isinstance(obs[0], dict) else obs
-            n = min(len(obs), len(t["actions"]), len(t["rewards"]))  # some episodes have one reward too many
-            columns["observations"].append(np.asarray(obs[:n], np.float32))
-            columns["actions"].append(np.asarray(t["actions"][:n], np.float32))
-            columns["rewards"].append(np.asarray(t["rewards"][:n], np.float32).reshape(-1))
-            columns["terminals"].append(np.zeros(n, bool))
-            columns["timeouts"].append(np.arange(n) == n - 1)
-    return {k: np.concatenate(v) for k, v in columns.items()}
+            where = f"offpolicy_hand_data (Google Drive 1yUdJnGgYit94X_AvV6JJP5Y3Lx2JF30Y) into {stem.parent.parent}"
+            raise BadInput(f"{path}: no such file. Unpack {where}, or name an HDF5 file of the task with --dataset.")
+        for e in np.load(path, allow_pickle=True):
+            obs = np.asarray([o["state_observation"] if isinstance(o, dict) else o for o in e["observations"]])
+            n = min(len(obs), len(e["actions"]), len(e["rewards"]))  # some episodes hold one reward too many
+            row = dict(observations=obs[:n], actions=e["actions"][:n], rewards=np.reshape(e["rewards"][:n], n))
+            yield row | dict(terminals=np.zeros(n), timeouts=np.arange(n) == n - 1)
 
 
 def check_dataset(raw: dict[str, np.ndarray], obs_dim: int, act_dim: int, name: str) -> None:
-    """Everything that would otherwise fail, or silently spoil the result, after minutes of training."""
+    """Finds what would otherwise fail, or silently spoil the result, after minutes of training."""
     n = len(raw["observations"])
     if n < 2:
         raise BadInput(f"{name}: the dataset is empty ({n} rows).")
     for k, v in raw.items():
-        if len(v) != n:
-            raise BadInput(f"{name}: {k} has {len(v)} rows, observations have {n}; every key needs one row a step.")
-        if v.dtype.kind not in "fiub":
-            raise BadInput(f"{name}: {k} has type {v.dtype}; numbers are needed.")
+        dim = {"observations": obs_dim, "next_observations": obs_dim, "actions": act_dim}.get(k, 1)
+        if v.dtype.kind not in "fiub" or len(v) != n or v.size != n * dim:
+            shape = f"({n}, {dim}), as in the environment" if dim > 1 else f"({n},), a number a row"
+            raise BadInput(f"{name}: {k} is {v.dtype} of shape {v.shape}; it has to be numeric of shape {shape}.")
         if not np.isfinite(v).all():
             row = int(np.argwhere(~np.isfinite(v))[0][0])
-            raise BadInput(f"{name}: {k} holds NaN or infinity, first in row {row}; remove those episodes.")
-    for k, dim in (("observations", obs_dim), ("next_observations", obs_dim), ("actions", act_dim)):
-        if k in raw and raw[k].shape != (n, dim):
-            raise BadInput(f"{name}: {k} has shape {raw[k].shape}, the task's environment needs ({n}, {dim}).")
-    largest = float(np.abs(raw["actions"]).max())
-    if largest > 1 + 1e-3:
-        raise BadInput(f"{name}: actions reach {largest:.3g}, the environment's bounds are -1 and 1; rescale them.")
+            raise BadInput(f"{name}: {k} holds NaN or infinity, first in row {row}; remove that episode.")
+    if (largest := float(np.abs(raw["actions"]).max())) > 1.001:
+        raise BadInput(f"{name}: actions reach {largest:.4g}, the environment's bounds are -1 and 1; rescale them.")
 
 
 def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarray]:
     """Rows (s, a, r, s', terminal) and w from episodes. No row pairs a state with another episode's.
 
-    An episode ends at a terminal, at a time-out, where the stored next state is not the following row's state, and at the
-    end of the file. Only a terminal stops bootstrapping. A row whose true next state is unknown (the last one of an episode
-    that was cut, in files without next_observations) is dropped, but its reward counts in w.
-    Returns float32 arrays: observations, next_observations (n, o), actions (n, a), rewards, terminals, w (n,), and
-    returns, lengths (one entry an episode). w is the episode's raw return, min-max normalised (kitchen: subtasks solved).
+    An episode ends at a terminal, a time-out, where the stored next state is not the following row's, and with the file.
+    Only a terminal stops bootstrapping. A row whose next state is unknown (the last before a cut, where the file has no
+    next_observations) is dropped; its reward still counts in w, the episode's raw return (kitchen: its solved subtasks),
+    min-max normalised. Returns float32 observations, next_observations (n, o), actions (n, a), rewards, terminals, w (n,),
+    and an entry an episode: returns, terminated (of those kept), scores (of all).
     """
     n = len(raw["rewards"])
     obs, rewards = raw["observations"].astype(np.float32), raw["rewards"].astype(np.float64).reshape(n)
-    terminal = raw["terminals"].reshape(n).astype(bool)
-    stored_next = raw["next_observations"].astype(np.float32) if "next_observations" in raw else None
+    terminal = raw["terminals"].reshape(n) > 0
     end = terminal.copy()
-    if "timeouts" in raw:
-        end |= raw["timeouts"].reshape(n).astype(bool)
-    if stored_next is not None:
-        end[:-1] |= np.abs(stored_next[:-1] - obs[1:]).max(1) > 1e-6
-    end[-1] = True
-    if "timeouts" not in raw:  # as D4RL does: count steps against the environment's limit
-        age = np.arange(n) - np.repeat(np.r_[0, np.flatnonzero(end)[:-1] + 1], np.diff(np.r_[-1, np.flatnonzero(end)]))
-        end |= age % task.max_steps == task.max_steps - 1
-    if task.domain == "kitchen":  # its environment here ends when all four are solved, and only then
-        terminal = rewards >= 4
+    if task.domain == "adroit":
+        if not np.isin(rewards, (-1, 0)).all():
+            raise BadInput("A binary Adroit dataset has the rewards -1 and, on success, 0: this one has others.")
+        terminal = rewards == 0  # Cal-QL: done on every successful step
+    if task.domain == "kitchen":
+        terminal = rewards >= 4  # the environment here ends when all four are solved, and only then
         end |= terminal
-    ends = np.flatnonzero(end)
-    starts = np.r_[0, ends[:-1] + 1]
+    follows = np.zeros(n, bool)  # whether the stored next state is the following row's state
+    if "next_observations" in raw:
+        next_obs = raw["next_observations"].astype(np.float32)
+        follows[:-1] = np.abs(next_obs[:-1] - obs[1:]).max(1) < 1e-6
+        end[:-1] |= ~follows[:-1]
+    if "timeouts" in raw:
+        end |= raw["timeouts"].reshape(n) > 0
+    else:  # as D4RL does: count steps against the environment's limit
+        first = np.maximum.accumulate(np.where(np.r_[True, end[:-1]], np.arange(n), 0))
+        end |= (np.arange(n) - first) % task.max_steps == task.max_steps - 1
+    end[-1] = True
+    episode, starts = np.r_[0, np.cumsum(end)[:-1]], np.flatnonzero(np.r_[True, end[:-1]])
 
     keep = np.ones(n, bool)
-    if task.domain == "adroit":  # Cal-QL's filter: episodes with a success, cut at the last one, done where successful
-        terminal = rewards == 0
-        for s, e in zip(starts, ends):
-            successes = np.flatnonzero(terminal[s : e + 1])
-            keep[s + successes[-1] + 1 if len(successes) else s : e + 1] = False
+    if task.domain == "adroit":  # Cal-QL: only episodes with a success, each cut after its last one
+        keep = np.arange(n) <= np.maximum.reduceat(np.where(terminal, np.arange(n), -1), starts)[episode]
         if not keep.any():
-            raise BadInput("No episode of this dataset succeeds (reward 0 in a -1/0 file): a binary task needs some.")
-    if task.domain == "kitchen":  # rows after the fourth subtask: the environment here has ended by then
-        solved = np.maximum.reduceat(rewards, starts)
-        keep &= (np.arange(n) == np.repeat(starts, ends - starts + 1)) | (np.r_[0, rewards[:-1]] < 4)
-    length = np.add.reduceat(keep, starts)
-    returns = np.add.reduceat(np.where(keep, rewards, 0), starts) if task.domain != "kitchen" else solved
-    spread = returns[length > 0].max() - returns[length > 0].min()
-    w = (returns - returns[length > 0].min()) / spread if spread > 0 else np.ones_like(returns)
-    w = np.repeat(w, ends - starts + 1)
-    ended = np.logical_or.reduceat(terminal & keep, starts)
+            raise BadInput("No episode of this dataset succeeds: a binary Adroit task needs some (reward 0).")
+    total = np.maximum if task.domain == "kitchen" else np.add
+    returns = total.reduceat(np.where(keep, rewards, 0), starts)
+    scores = task.score(returns, np.maximum.reduceat(rewards, starts))
+    terminated, some = np.logical_or.reduceat(terminal & keep, starts), np.logical_or.reduceat(keep, starts)
+    low, high = returns[some].min(), returns[some].max()
+    w = ((returns - low) / (high - low) if high > low else np.ones_like(returns))[episode]
 
-    if stored_next is None:
-        next_obs = np.r_[obs[1:], obs[-1:]]
-        next_obs[terminal] = obs[terminal]  # never used: a terminal's value is not bootstrapped
-        keep &= ~(end & ~terminal)
+    if "next_observations" in raw:
+        unknown = end & follows  # it is the next episode's first state, not this one's last
     else:
-        next_obs = stored_next
-        foreign = np.r_[end[:-1] & (np.abs(stored_next[:-1] - obs[1:]).max(1) <= 1e-6), False]
-        keep &= ~(foreign & ~terminal)  # a time-out whose stored next state is the next episode's first
-        next_obs = np.where((foreign & terminal)[:, None], obs, next_obs)
-    actions = raw["actions"].astype(np.float32).clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
-    columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, terminals=terminal, w=w)
-    columns = {k: v[keep].astype(np.float32) for k, v in columns.items()}
-    return columns | dict(returns=returns[length > 0], lengths=length[length > 0], ended=ended[length > 0])
-
-
-def summarize(data: dict[str, np.ndarray], raw: dict[str, np.ndarray], task: Task) -> str:
-    quantiles = "/".join(f"{q:.0f}" for q in np.quantile(data["returns"], (0, 0.25, 0.5, 0.75, 1)))
-    on_bounds = (np.abs(data["actions"]) > 0.999).mean()
-    r = data["rewards"]
-    return (
-        f"dataset: {len(r):,} transitions of {len(raw['rewards']):,} rows, {len(data['returns']):,} episodes\n"
-        f"  ends: {int(data['terminals'].sum()):,} terminals, {int((~data['ended']).sum()):,} episodes cut by time or file\n"
-        f"  returns: mean {data['returns'].mean():.1f}, quantiles 0/25/50/75/100 % {quantiles}\n"
-        f"  rewards: {r.min():.3g} to {r.max():.3g}; in training {task.reward_scale:g} r {task.reward_bias:+g}\n"
-        f"  actions: {100 * on_bounds:.1f} % on the bounds"
+        next_obs, unknown = np.r_[obs[1:], obs[-1:]], end
+    next_obs = np.where(unknown[:, None], obs, next_obs)  # of a terminal it is never used
+    keep &= ~unknown | terminal
+    actions = raw["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
+    columns = dict(
+        observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, terminals=terminal, w=w
     )
+    data = {k: v[keep].astype(np.float32) for k, v in columns.items()}
+    return data | dict(returns=returns[some], terminated=terminated[some], scores=scores)
 
 
-def to_rows(s, a, r, s_next, terminal) -> np.ndarray:
-    """The columns of a replay row: s, a, training reward, s', terminal."""
-    return np.concatenate([s, a, np.reshape(r, (-1, 1)), s_next, np.reshape(terminal, (-1, 1))], 1, dtype=np.float32)
+def summarize(data: dict[str, np.ndarray], rows: int, task: Task) -> str:
+    r, quantiles = data["rewards"], np.quantile(data["returns"], (0, 0.25, 0.5, 0.75, 1))
+    cut = int((~data["terminated"]).sum())
+    return f"""dataset: {len(r):,} transitions from {rows:,} rows, {len(data["returns"]):,} episodes
+  ends:    {int(data["terminals"].sum()):,} terminals, {cut:,} episodes cut by a time-out or the end of the file
+  returns: mean {data["returns"].mean():.1f}, quantiles {" / ".join(f"{q:.0f}" for q in quantiles)}
+  rewards: {r.min():.3g} to {r.max():.3g}, in training {task.scale:g} r {task.bias:+g}
+  actions: {100 * (np.abs(data["actions"]) > 0.999).mean():.1f} % on the bounds"""
 
 
 class Replay:
-    """Transitions in one preallocated tensor, a row each: one gather a batch. Full: the oldest row is overwritten."""
+    """Rows (s, a, training reward, s', terminal, cut) in one tensor: a batch is one gather. Full: the oldest go first."""
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        self.sizes = (obs_dim, act_dim, 1, obs_dim, 1)
-        self.rows = torch.zeros(capacity, sum(self.sizes), device=device)
-        self.added = 0
+        self.sizes = (obs_dim, act_dim, 1, obs_dim, 1, 1)
+        self.rows, self.added = torch.zeros(capacity, sum(self.sizes), device=device), 0
 
-    def add(self, rows: np.ndarray) -> None:
-        where = (torch.arange(len(rows)) + self.added) % len(self.rows)
-        self.rows[where] = torch.as_tensor(rows, device=self.rows.device)
+    def add(self, *columns) -> None:
+        columns = [np.reshape(x, (-1, size)) for x, size in zip(columns, self.sizes)]
+        rows = torch.as_tensor(np.concatenate(columns, 1, dtype=np.float32), device=self.rows.device)
+        self.rows[(torch.arange(len(rows), device=rows.device) + self.added) % len(self.rows)] = rows
         self.added += len(rows)
 
-    def __len__(self) -> int:
-        return min(self.added, len(self.rows))
-
     def sample(self, n: int) -> Tensor:
-        return self.rows.index_select(0, torch.randint(len(self), (n,), device=self.rows.device))
+        i = torch.randint(min(self.added, len(self.rows)), (n,), device=self.rows.device)
+        return self.rows.index_select(0, i)
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.rows[: self.added].clone(), added=self.added)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows[: len(state["rows"])], self.added = state["rows"].to(self.rows.device), state["added"]
+
+    def write(self, path: Path, task: Task, **attributes) -> None:
+        """D4RL-layout HDF5 with raw rewards. No next_observations: they are the next row's observations."""
+        s, a, r, _, terminal, cut = (x.squeeze(1).cpu().numpy() for x in self.rows[: self.added].split(self.sizes, 1))
+        columns = dict(observations=s, actions=a, rewards=(r - task.bias) / task.scale)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(path.with_name(path.name + ".part"), "w") as f:
+            for k, v in (columns | dict(terminals=terminal > 0, timeouts=cut > 0)).items():
+                f.create_dataset(k, data=v, compression="gzip", compression_opts=9, shuffle=True)
+            f.attrs.update(attributes)
+        os.replace(path.with_name(path.name + ".part"), path)
 
 
-# ================================================================================================ shared: environment
+# ==== shared: environment
 def observation(task: Task, obs) -> np.ndarray:
-    """The observation that the networks see, from an environment's or a dataset's, (..., o) -> (..., o').
-
-    Kitchen: joint and object positions, the 30 numbers that D4RL's 60 (which append the constant goal) and
-    FrankaKitchen-v1's 59 (which mix in velocities) have in common. D4RL's Ant: without its 84 contact forces, all zero.
-    """
+    """The networks' observation from an environment's or a dataset's. Kitchen: joint and object positions, the 30 numbers
+    that D4RL's 60 (they append the constant goal) and FrankaKitchen-v1's 59 (they mix in velocities) have in common.
+    Ant: D4RL's 111 without the 84 contact forces."""
     obs = obs["observation"] if isinstance(obs, dict) else np.asarray(obs)
-    if task.domain == "kitchen" and obs.shape[-1] == 60:
-        return obs[..., :30]
-    if task.domain == "kitchen" and obs.shape[-1] == 59:
+    kitchen, size = task.domain == "kitchen", obs.shape[-1] if obs.ndim else 0
+    if kitchen and size == 59:
         return np.concatenate([obs[..., :9], obs[..., 18:39]], -1)
-    if task.env_id == "Ant-v5" and obs.shape[-1] == 111:
-        return obs[..., :27]
-    return obs
+    return (
+        obs[..., :30] if kitchen and size == 60 else obs[..., :27] if task.env_id == "Ant-v5" and size == 111 else obs
+    )
 
 
 class TaskEnv(gym.Wrapper):
-    """A Gymnasium environment with the dataset's observations, rewards and episode ends.
-
-    locomotion: as it is. adroit: reward success - 1, and the first success ends the episode (Cal-QL's convention). kitchen:
-    reward is the number of subtasks solved so far, as in D4RL's files, and the fourth ends the episode.
-    """
+    """The task's environment with the dataset's observations, raw rewards and ends of episodes. adroit: reward success - 1,
+    and a success ends the episode (Cal-QL). kitchen: reward is the number of subtasks solved so far, as in D4RL's files
+    (the environment itself pays each once), and the fourth ends the episode. Its state is the episode's seed and actions:
+    loading it replays them, and the environment stands exactly where it stood."""
 
     def __init__(self, task: Task, **kwargs):
-        import gymnasium_robotics  # registers AdroitHand* and FrankaKitchen
+        import gymnasium_robotics
 
         gym.register_envs(gymnasium_robotics)
         super().__init__(gym.make(task.env_id, max_episode_steps=task.max_steps, **task.env_kwargs, **kwargs))
-        self.task = task
-        if abs(self.action_space.low).max() != 1 or abs(self.action_space.high).max() != 1:
-            raise BadInput(f"{task.env_id}: action bounds other than -1 and 1 are not supported.")
+        self.task, self.seed, self.actions = task, 0, []
 
-    def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        return observation(self.task, obs).astype(np.float32), info
+    def reset(self, *, seed: int, options=None):
+        self.seed, self.actions = seed, []
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.obs = observation(self.task, obs).astype(np.float32)
+        return self.obs, info
 
     def step(self, action):
+        self.actions.append(action.tolist())
         obs, reward, terminated, truncated, info = self.env.step(action)
+        self.obs = observation(self.task, obs).astype(np.float32)
         if self.task.domain == "adroit":
-            reward = float(info["success"]) - 1
-            terminated = terminated or bool(info["success"])
+            reward, terminated = float(info["success"]) - 1, terminated or info["success"]
         if self.task.domain == "kitchen":
             reward = float(len(info["episode_task_completions"]))
             terminated = reward >= 4
-        return observation(self.task, obs).astype(np.float32), float(reward), bool(terminated), bool(truncated), info
+        return self.obs, float(reward), bool(terminated), bool(truncated), info
+
+    def state_dict(self) -> dict:
+        return dict(seed=self.seed, actions=self.actions)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.reset(seed=state["seed"])
+        for action in state["actions"]:
+            self.step(np.asarray(action, np.float32))
+
+
+TRAINING, EVALUATION, FINAL = range(3)  # independent streams of episode seeds
 
 
 def episode_seed(seed: int, stream: int, episode: int) -> int:
-    """The reset seed of an episode: independent streams for training (0), evaluation (1) and the final evaluation (2)."""
     return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
 
 
-def score_of(task: Task, total, last):
-    """The D4RL score of episodes from their raw return and last reward: 100 is an expert, a success, or 4 subtasks."""
-    if task.domain == "adroit":
-        return 100.0 * (np.asarray(last) == 0)
-    if task.domain == "kitchen":
-        return 25.0 * np.asarray(last)
-    return 100 * (np.asarray(total) - task.min_score) / (task.max_score - task.min_score)
-
-
-# ================================================================================================ shared: evaluation
+# ==== shared: evaluation
 @torch.no_grad()
-def evaluate(policy: nn.Module, envs: list[gym.Env], seeds: list[int], device: torch.device) -> dict[str, np.ndarray]:
-    """One episode an environment with the deterministic policy, one policy call for all that still run.
-    Returns raw returns, lengths and last rewards, (len(envs),). Takes nothing from the training's random streams."""
+def evaluate(policy: nn.Module, envs: list[TaskEnv], seeds: list[int]) -> list[tuple[float, int, float]]:
+    """(raw return, length, last reward) of one episode an environment, with the deterministic policy and one policy call
+    for all that still run. Draws nothing from the training's random numbers."""
+    device = next(policy.parameters()).device
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
-    total, length, last = np.zeros(len(envs)), np.zeros(len(envs), int), np.zeros(len(envs))
-    running = list(range(len(envs)))
+    results, running = [(0.0, 0, 0.0)] * len(envs), list(range(len(envs)))
     while running:
         actions = policy.mode(torch.as_tensor(obs[running], device=device)).cpu().numpy()
-        for i, action in zip(list(running), actions):
-            obs[i], last[i], terminated, truncated, _ = envs[i].step(action)
-            total[i] += last[i]
-            length[i] += 1
+        for i, action in zip(running.copy(), actions):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            results[i] = (results[i][0] + reward, results[i][1] + 1, reward)
             if terminated or truncated:
                 running.remove(i)
-    return dict(total=total, length=length, last=last)
+    return results
 
 
-# ================================================================================================ networks
-def orthogonal_(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
-    """Orthogonal weight, zero bias: WSRL's initialisation."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
+# ==== networks
+def dense(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+    """Linear layer, orthogonal weight, zero bias: WSRL's initialisation."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain), nn.init.zeros_(layer.bias)
     return layer
 
 
 def mlp(sizes: list[int], activation=nn.ReLU) -> nn.Sequential:
-    layers = [(orthogonal_(nn.Linear(i, o)), activation()) for i, o in zip(sizes[:-1], sizes[1:])]
-    return nn.Sequential(*(module for layer in layers for module in layer))
+    return nn.Sequential(*(m for i, o in zip(sizes, sizes[1:]) for m in (dense(i, o), activation())))
 
 
-class Policy(nn.Module):
-    """Tanh-Gaussian: a = tanh(mu(s) + exp(log_std(s)) xi). Paper, Table 7: std transform exp; clip [1e-5, 10] as WSRL."""
+class Normalized(nn.Module):
+    """A network that normalises states inside, by buffers that are in every checkpoint; the identity unless set."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def normalize(self, s: Tensor) -> Tensor:
+        return (s - self.mean) / self.std
+
+
+class Policy(Normalized):
+    """Tanh-Gaussian: a = tanh(mu(s) + exp(log_std(s)) xi); exp as Table 7, clipped to [1e-5, 10] as WSRL."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: tuple[int, ...]):
-        super().__init__()
-        self.trunk = mlp([obs_dim, *hidden])
-        self.head = orthogonal_(nn.Linear(hidden[-1], 2 * act_dim), 0.01)
+        super().__init__(obs_dim)
+        self.trunk, self.head = mlp([obs_dim, *hidden]), dense(hidden[-1], 2 * act_dim, 0.01)
 
     def forward(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = self.head(self.trunk(s)).chunk(2, -1)
-        return mean, log_std.clamp(math.log(1e-5), math.log(10.0))
+        mu, log_std = self.head(self.trunk(self.normalize(s))).chunk(2, -1)
+        return mu, log_std.clamp(math.log(1e-5), math.log(10.0))
 
     def mode(self, s: Tensor) -> Tensor:
         return torch.tanh(self(s)[0])
 
     def sample(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Reparameterised action (B, a) and its log-density (B,)."""
-        mean, log_std = self(s)
-        xi = torch.randn_like(mean)
-        u = mean + log_std.exp() * xi
-        return torch.tanh(u), self._log_density(xi, log_std, u)
+        """Reparameterised actions (B, a) and their log-density (B,)."""
+        mu, log_std = self(s)
+        xi = torch.randn_like(mu)
+        u = mu + log_std.exp() * xi
+        return torch.tanh(u), self.log_density(xi, log_std, u)
 
     def log_prob(self, s: Tensor, a: Tensor) -> Tensor:
-        """Log-density of given actions, (B,)."""
-        mean, log_std = self(s)
+        """Log-density (B,) of given actions."""
+        mu, log_std = self(s)
         u = torch.atanh(a.clamp(-1 + 1e-6, 1 - 1e-6))
-        return self._log_density((u - mean) / log_std.exp(), log_std, u)
+        return self.log_density((u - mu) / log_std.exp(), log_std, u)
 
     @staticmethod
-    def _log_density(xi: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
-        gaussian = -0.5 * xi.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), stable for large |u|
-        return (gaussian - log_slope).sum(-1)
+    def log_density(xi: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), finite for large |u|
+        return (-0.5 * xi.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
 
 
-class Critics(nn.Module):
-    """N independent critics Q_i(s, a) in stacked weights (N, out, in): one batched product a layer, and Muon's shape."""
+class Critics(Normalized):
+    """N critics Q_i(s, a) in stacked weights (N, out, in): one batched product a layer, and Muon's shape."""
 
     def __init__(self, n: int, obs_dim: int, act_dim: int, hidden: tuple[int, ...], activation: str):
-        super().__init__()
-        sizes = [obs_dim + act_dim, *hidden]
-        layers = [[orthogonal_(nn.Linear(i, o)) for _ in range(n)] for i, o in zip(sizes, [*hidden, 1])]
-        self.weights = nn.ParameterList(torch.stack([m.weight.data for m in layer]) for layer in layers)
-        self.biases = nn.ParameterList(torch.zeros(n, 1, o) for o in [*hidden, 1])
-        self.activation = activation
-        self.act_dim = act_dim
+        super().__init__(obs_dim)
+        sizes = [obs_dim + act_dim, *hidden, 1]
+        layers = [torch.stack([dense(i, o).weight.data for _ in range(n)]) for i, o in zip(sizes, sizes[1:])]
+        self.weights = nn.ParameterList(layers)
+        self.biases = nn.ParameterList(torch.zeros(n, 1, o) for o in sizes[1:])
+        self.act_dim, self.tanh = act_dim, activation == "tanh"
 
-    def hidden_layers(self, s: Tensor, a: Tensor) -> list[Tensor]:
-        h, out = torch.cat([s, a], -1).expand(len(self.weights[0]), -1, -1), []
+    def layers(self, s: Tensor, a: Tensor) -> list[Tensor]:
+        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(self.weights[0]), -1, -1), []
         for W, b in zip(self.weights[:-1], self.biases[:-1]):
             h = torch.baddbmm(b, h, W.mT)
-            h = torch.tanh(h) if self.activation == "tanh" else torch.relu(h)
-            out.append(h)
-        return out
-
-    def head(self, h: Tensor) -> Tensor:
-        return (h * self.weights[-1]).sum(-1) + self.biases[-1].squeeze(-1)
+            hidden.append(h := torch.tanh(h) if self.tanh else torch.relu(h))
+        return hidden
 
     def forward(self, s: Tensor, a: Tensor) -> Tensor:
         """(B, o), (B, a) -> (N, B)."""
-        return self.head(self.hidden_layers(s, a)[-1])
+        return (self.layers(s, a)[-1] * self.weights[-1]).sum(-1) + self.biases[-1].squeeze(-1)
 
     def action_gradient(self, s: Tensor, a: Tensor) -> Tensor:
-        """grad_a Q_i(s, a), (N, B, a), by the chain rule written out: autograd then needs one backward pass, not two."""
-        hidden = self.hidden_layers(s, a)
-        g = self.weights[-1].expand_as(hidden[-1])
-        for W, h in zip(reversed(self.weights[:-1]), reversed(hidden)):
-            slope = 1 - h * h if self.activation == "tanh" else (h > 0).to(h.dtype)
-            g = (g * slope) @ (W if W is not self.weights[0] else W[..., -self.act_dim :])
-        return g
+        """grad_a Q_i(s, a) (N, B, a) by the chain rule, written out: its own gradient then takes one backward pass."""
+        slopes = [1 - h * h if self.tanh else (h > 0).to(h.dtype) for h in self.layers(s, a)]
+        g = self.weights[-1] * slopes[-1]
+        for W, slope in zip(reversed(self.weights[1:-1]), reversed(slopes[:-1])):
+            g = (g @ W) * slope
+        return g @ self.weights[0][..., -self.act_dim :]
 
 
-class ScoreModel(nn.Module):
-    """Noise model eps(s, a, w, k): IDQL's LayerNorm residual network (Hansen-Estruch et al. 2023), sizes of Table 6.
+class ScoreModel(Normalized):
+    """Noise model eps(s, a, w, k): IDQL's LayerNorm residual network with SiLU (arXiv 2304.10573), sizes of Table 6, cosine
+    schedule (arXiv 2102.09672), dropout 0.1 while fitting (IDQL; the paper names none)."""
 
-    States are normalised inside, by the dataset's mean and standard deviation. SiLU everywhere, as IDQL.
-    """
-
-    STEPS = 32  # K. Paper, Table 6
+    K = 32  # noise levels (Table 6)
 
     def __init__(self, obs_dim: int, act_dim: int, args: SimpleNamespace):
-        super().__init__()
-        hidden = args.score_hidden
-        self.register_buffer("mean", torch.zeros(obs_dim))
-        self.register_buffer("std", torch.ones(obs_dim))
-        t = torch.arange(self.STEPS + 1, dtype=torch.float64) / self.STEPS
-        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()  # cosine schedule (Nichol & Dhariwal 2021)
-        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-        self.register_buffer("alpha_bar", torch.cumprod(1 - betas, 0).float())  # alpha_bar[0] is k = 1: sigma_1 = 0.060
-        frequency = torch.exp(-math.log(10_000) * torch.arange(32) / 31)
-        angle = torch.arange(1, self.STEPS + 1)[:, None] * frequency
-        self.register_buffer("embedding", torch.cat([angle.sin(), angle.cos()], -1))  # (K, 64)
+        super().__init__(obs_dim)
+        f = torch.cos((torch.arange(self.K + 1, dtype=torch.float64) / self.K + 0.008) / 1.008 * math.pi / 2).square()
+        self.register_buffer(
+            "alpha_bar", (f[1:] / f[:-1]).clamp(min=0.001).cumprod(0).float()
+        )  # [0] is k = 1: sigma .060
+        angle = torch.arange(1, self.K + 1)[:, None] * torch.exp(-math.log(10_000) * torch.arange(32) / 31)
+        self.register_buffer("positions", torch.cat([angle.sin(), angle.cos()], -1))  # (K, 64)
         self.time = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64))
-        sizes = [obs_dim + 1, *args.score_condition_hidden]
-        self.condition = nn.Sequential(mlp(sizes, nn.SiLU), nn.Linear(sizes[-1], 64))
-        self.inlet = nn.Linear(act_dim + 64 + 64, hidden)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Dropout(args.score_dropout),
-                nn.LayerNorm(hidden),
-                nn.Linear(hidden, 4 * hidden),
-                nn.SiLU(),
-                nn.Linear(4 * hidden, hidden),
-            )
-            for _ in range(args.score_blocks)
-        )
-        self.outlet = nn.Sequential(nn.SiLU(), nn.Linear(hidden, act_dim))
+        sizes, h = [obs_dim + 1, *args.score_condition_hidden], args.score_hidden
+        self.condition = mlp(sizes, nn.SiLU).append(nn.Linear(sizes[-1], 64))
+        self.inlet, self.outlet = nn.Linear(act_dim + 128, h), nn.Sequential(nn.SiLU(), nn.Linear(h, act_dim))
+        block = [lambda: nn.Dropout(0.1), lambda: nn.LayerNorm(h), lambda: nn.Linear(h, 4 * h), nn.SiLU]
+        block += [lambda: nn.Linear(4 * h, h)]
+        self.blocks = nn.ModuleList(nn.Sequential(*(m() for m in block)) for _ in range(args.score_blocks))
 
     def forward(self, s: Tensor, a: Tensor, w: Tensor, k: Tensor) -> Tensor:
-        """Noise estimate (B, a) for noised actions a (B, a), states (B, o), returns w (B,), noise levels k in 1..K (B,)."""
-        condition = self.condition(torch.cat([(s - self.mean) / self.std, w[:, None]], -1).to(self.inlet.weight.dtype))
-        time = self.time(self.embedding[k - 1])
-        h = self.inlet(torch.cat([a.to(condition.dtype), condition, time], -1))
+        """Noise estimate (B, a) for noised actions a (B, a) at levels k (B,) in 1..K, states s (B, o), returns w (B,)."""
+        condition = self.condition(torch.cat([self.normalize(s), w[:, None]], -1))
+        h = self.inlet(torch.cat([a, condition, self.time(self.positions[k - 1])], -1))
         for block in self.blocks:
             h = h + block(h)
-        return self.outlet(h).float()
+        return self.outlet(h)
 
     def score(self, s: Tensor, a: Tensor) -> Tensor:
-        """-eps(s, a, w=1, k=1) = sigma_1 grad_a log p(a | s, w=1), (B, a): the score in units of the noise, of order 1."""
-        ones = torch.ones(len(s), device=s.device)
-        return -self(s, a, ones, ones.long())
+        """-eps(s, a, w=1, k=1) = sigma_1 grad_a log p(a | s, w=1), (B, a): the score in units of its noise, of order 1."""
+        one = torch.ones(len(s), device=s.device)
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=bf16_is_fast(s.device)):
+            return -self(s, a, one, one.long()).float()
 
 
 class Agent(nn.Module):
-    """Everything that is trained from the offline phase on: one state_dict is a checkpoint."""
+    """All that is trained from the offline phase on: one state_dict is the core of a checkpoint."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: SimpleNamespace):
         super().__init__()
         self.policy = Policy(obs_dim, act_dim, args.policy_hidden)
         self.critic = Critics(args.num_critics, obs_dim, act_dim, args.critic_hidden, args.critic_activation)
-        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)  # TD3's only
+        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)  # TD3 alone uses it
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_temperature = nn.Parameter(torch.zeros(()))
-        self.alpha_net = nn.Sequential(mlp([obs_dim, 256, 256]), orthogonal_(nn.Linear(256, 1)))  # paper, Table 7
-        self.register_buffer("q_scale", torch.zeros(()))  # running mean |TD target|
+        self.log_temperature = nn.Parameter(torch.zeros(()))  # initial temperature 1 (SAC)
+        self.alpha_net = mlp([obs_dim, 256, 256]).append(dense(256, 1))  # alpha_psi(s) (Table 7); --alpha-mode learned
+        self.register_buffer("q_scale", torch.zeros(()))  # running mean |TD target|; --alpha-mode scaled
 
 
-def make_optimizers(agent: Agent, args: SimpleNamespace) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(agent: Agent, args: SimpleNamespace) -> dict[str, Muon]:
     """Muon on the matrices between two hidden layers, Adam on input layers, heads and biases (Jordan's advice)."""
-
-    def optimizer(module: nn.Module, hidden: list[nn.Parameter], lr: float) -> Muon:
-        hidden = hidden if args.optimizer == "muon" else []
-        others = [p for p in module.parameters() if not any(p is h for h in hidden)]
-        return Muon(hidden, others, lr, scale=args.muon_scale)
-
-    policy_hidden = [layer.weight for layer in agent.policy.trunk[2::2]]
-    return dict(
-        critic=optimizer(agent.critic, list(agent.critic.weights[1:-1]), args.critic_lr),
-        policy=optimizer(agent.policy, policy_hidden, args.policy_lr),
-        temperature=Muon([], [agent.log_temperature], args.temperature_lr),
-        alpha=Muon([], agent.alpha_net.parameters(), args.alpha_lr),
-    )
+    hidden = dict(critic=list(agent.critic.weights[1:-1]), policy=[layer.weight for layer in agent.policy.trunk[2::2]])
+    optimizers = dict(temperature=Muon([], [agent.log_temperature], args.temperature_lr))
+    for name, lr in dict(critic=args.critic_lr, policy=args.policy_lr, alpha_net=1e-4).items():  # alpha's: Table 7
+        matrices = hidden.get(name, []) if args.optimizer == "muon" else []
+        others = [p for p in getattr(agent, name).parameters() if all(p is not m for m in matrices)]
+        optimizers[name] = Muon(matrices, others, lr, scale=args.muon_scale)
+    return optimizers
 
 
-# ================================================================================================ losses
+# ==== losses
 def diffusion_loss(model: ScoreModel, s: Tensor, a: Tensor, w: Tensor) -> Tensor:
     """E || eps - eps_omega(s, sqrt(abar_k) a + sqrt(1 - abar_k) eps, w, k) ||^2, k uniform (paper, Appendix J)."""
-    k = torch.randint(1, model.STEPS + 1, (len(a),), device=a.device)
+    k = torch.randint(1, model.K + 1, (len(a),), device=a.device)
     alpha_bar, eps = model.alpha_bar[k - 1, None], torch.randn_like(a)
     return (eps - model(s, alpha_bar.sqrt() * a + (1 - alpha_bar).sqrt() * eps, w, k)).square().sum(-1).mean()
 
 
 def td_loss(q: Tensor, y: Tensor) -> Tensor:
-    """L_AC: mean over the batch and the members of (Q_i(s, a) - y)^2; q (N, B), y (B,)."""
+    """L_AC = E (Q_i(s, a) - y)^2, a mean over members and batch; q (N, B), y (B,)."""
     return (q - y).square().mean()
 
 
 def score_matching_loss(action_gradient: Tensor, score: Tensor, alpha: Tensor) -> Tensor:
-    """L_SM = E || grad_a Q_i(s, a) - alpha score(s, a) ||^2, a sum over action dimensions, a mean over batch and members
+    """L_SM = E || grad_a Q_i(s, a) - alpha score(s, a) ||^2, a sum over action dimensions, a mean over members and batch
     (paper, 6.2). action_gradient (N, B, a), score (B, a), alpha () or (B, 1)."""
     return (action_gradient - alpha * score).square().sum(-1).mean()
 
 
-def policy_loss(q: Tensor, log_prob: Tensor, temperature: Tensor) -> Tensor:
-    """L_pi = E[ temperature log pi(a|s) - min_i Q_i(s, a) ], a ~ pi (paper, 6.2; REDQ's ensemble, WSRL's minimum)."""
+def sac_policy_loss(q: Tensor, log_prob: Tensor, temperature: Tensor) -> Tensor:
+    """L_pi = E[temperature log pi(a|s) - min_i Q_i(s, a)], a ~ pi (paper, 6.2; minimum over all members as WSRL)."""
     return (temperature * log_prob - q.min(0).values).mean()
 
 
 def temperature_loss(log_temperature: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """-log temperature E[log pi + target entropy] (SAC, Haarnoja et al. 2018b; in the log, as most code has it)."""
+    """-log temperature E[log pi + target entropy] (SAC, arXiv 1812.05905; in the logarithm, as most code has it)."""
     return -log_temperature * (log_prob.detach() + target_entropy).mean()
 
 
 def td3_policy_loss(q: Tensor, a_pi: Tensor, a: Tensor, bc_weight: float) -> Tensor:
-    """TD3: -E[min_i Q_i]. With bc_weight > 0 TD3+BC: -Q / mean |Q| + bc_weight (pi(s) - a)^2, the scale without gradient
-    and the square a mean over dimensions (Fujimoto & Gu 2021; bc_weight 0.4 is their alpha 2.5)."""
+    """TD3: -E min_i Q_i. TD3+BC (bc_weight > 0): -Q / mean |Q| + bc_weight (pi(s) - a)^2, the scale without gradient, the
+    square a mean over dimensions (arXiv 2106.06860; their alpha = 2.5 is bc_weight 0.4)."""
     q = q.min(0).values
-    if bc_weight == 0:
-        return -q.mean()
-    return -q.mean() / q.abs().mean().detach() + bc_weight * (a_pi - a).square().mean()
+    return -q.mean() / q.abs().mean().detach() + bc_weight * (a_pi - a).square().mean() if bc_weight > 0 else -q.mean()
 
 
 def awr_policy_loss(log_prob: Tensor, q: Tensor, v: Tensor, awr_temperature: float) -> Tensor:
-    """-E[min(exp(awr_temperature (Q - V)), 100) log pi(a|s)] on data actions (WSRL's form: multiplied, clipped)."""
+    """-E[min(exp(awr_temperature (Q - V)), 100) log pi(a|s)] on the batch's actions (WSRL's form)."""
     return -((awr_temperature * (q - v)).exp().clamp(max=100) * log_prob).mean()
 
 
-# ================================================================================================ updates
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, keep: bool = False) -> None:
-    """One step of `optimizer` on the gradient of `loss` for its own parameters, and no others'."""
+# ==== updates
+def descend(loss: Tensor, optimizer: Muon, retain_graph: bool = False) -> None:
+    """One step of `optimizer` on the gradient of `loss` for its own parameters, and for no others."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, g in zip(params, torch.autograd.grad(loss, params, retain_graph=keep)):
+    for p, g in zip(params, torch.autograd.grad(loss, params, retain_graph=retain_graph)):
         p.grad = g
     optimizer.step()
 
@@ -886,317 +732,445 @@ def follow(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 class Updates:
-    """The update steps. Each takes a batch of replay rows and returns metrics as tensors: nothing waits for a GPU."""
+    """The update steps. Each takes replay rows and returns metrics as tensors, so that nothing waits for a GPU."""
 
     def __init__(self, agent: Agent, model: ScoreModel, optimizers: dict, sizes: tuple, args: SimpleNamespace):
         self.agent, self.model, self.optimizers, self.sizes, self.args = agent, model, optimizers, sizes, args
-        self.target_entropy = args.target_entropy_scale * sizes[1]
-        self.subset = min(2, args.num_critics)  # REDQ: the target is the minimum of two random members
+        self.is_td3 = args.online_algorithm.startswith("td3")
+        if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+            print("--compile needs a C++ compiler (g++, or $CXX) and finds none: going on without.", file=sys.stderr)
+        elif args.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
+            torch._inductor.config.fallback_random = True  # the same random numbers as without
+            mode = "reduce-overhead" if agent.log_temperature.is_cuda else None  # CUDA graphs
+            self.offline = torch.compile(self.offline, dynamic=False, mode=mode)
+            self.online = torch.compile(self.online, dynamic=False, mode=mode)
 
     @torch.no_grad()
-    def td_target(self, r: Tensor, s_next: Tensor, terminal: Tensor, td3: bool = False) -> Tensor:
-        """y = r + gamma (1 - terminal) min_{i in a random pair} Q'_i(s', a'), (B,)."""
+    def act(self, s: Tensor, explore: bool) -> Tensor:
+        """Actions for collecting: the stochastic policy's, or TD3's mean with noise."""
+        if not explore:
+            return self.agent.policy.sample(s)[0]
+        a = self.agent.policy.mode(s)
+        return (a + self.args.exploration_noise * torch.randn_like(a)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def td_target(self, r: Tensor, s_next: Tensor, terminal: Tensor, td3: bool) -> Tensor:
+        """y = r + gamma (1 - terminal) min_i Q'_i(s', a') over two members, drawn anew each time (REDQ). r (B, 1) -> (B,)."""
         agent, args = self.agent, self.args
-        if td3:  # target policy smoothing, noise 0.2 clipped at 0.5 (Fujimoto et al. 2018)
+        if td3:  # target policy smoothing (arXiv 1802.09477)
             a_next = agent.policy_target.mode(s_next)
             a_next = (a_next + (0.2 * torch.randn_like(a_next)).clamp(-0.5, 0.5)).clamp(-1, 1)
         else:
             a_next, log_prob = agent.policy.sample(s_next)
-        members = torch.rand(args.num_critics, device=r.device).argsort()[: self.subset]
-        q_next = agent.critic_target(s_next, a_next)[members].min(0).values
+        pair = torch.rand(args.num_critics, device=r.device).argsort()[:2]
+        q_next = agent.critic_target(s_next, a_next)[pair].min(0).values
         if args.backup_entropy and not td3:
             q_next = q_next - agent.log_temperature.exp() * log_prob
-        return r + args.gamma * (1 - terminal) * q_next
+        return r.squeeze(1) + args.gamma * (1 - terminal.squeeze(1)) * q_next
 
-    def update_policy_sac(self, s: Tensor) -> dict[str, Tensor]:
-        agent = self.agent
-        a, log_prob = agent.policy.sample(s)
-        temperature = agent.log_temperature.detach().exp()
-        loss = policy_loss(agent.critic(s, a), log_prob, temperature)
+    def sac_policy(self, s: Tensor) -> dict[str, Tensor]:
+        a, log_prob = self.agent.policy.sample(s)
+        temperature = self.agent.log_temperature.detach().exp()
+        loss = sac_policy_loss(self.agent.critic(s, a), log_prob, temperature)
         descend(loss, self.optimizers["policy"])
-        descend(temperature_loss(agent.log_temperature, log_prob, self.target_entropy), self.optimizers["temperature"])
+        target_entropy = self.args.target_entropy_scale * a.size(1)
+        descend(temperature_loss(self.agent.log_temperature, log_prob, target_entropy), self.optimizers["temperature"])
         return dict(policy_loss=loss.detach(), entropy=-log_prob.detach().mean(), temperature=temperature)
 
     def offline(self, rows: Tensor) -> dict[str, Tensor]:
-        """L_SMAC = kappa L_SM + L_AC for the critics, then the policy, the temperature and the targets."""
+        """Score-matched pretraining: L_SMAC = kappa L_SM + L_AC for the critics, then policy, temperature, targets."""
         agent, args = self.agent, self.args
-        s, a, r, s_next, terminal = rows.split(self.sizes, 1)
-        y = self.td_target(r.squeeze(1), s_next, terminal.squeeze(1))
-        metrics = {}
-        loss = td_loss(q := agent.critic(s, a), y)
+        s, a, r, s_next, terminal, _ = rows.split(self.sizes, 1)
+        y, q = self.td_target(r, s_next, terminal, td3=False), agent.critic(s, a)
+        loss = td_loss(q, y)
+        metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0).mean())
         if args.kappa > 0:
             with torch.no_grad():  # B(A): half of the actions from the policy, half uniform (paper, 6.2)
                 half = len(s) // 2
-                a_B = torch.cat([agent.policy.sample(s[:half])[0], torch.empty_like(a[half:]).uniform_(-1, 1)])
+                a_B = torch.cat([agent.policy.sample(s[:half])[0], 2 * torch.rand_like(a[half:]) - 1])
                 score = self.model.score(s, a_B) * (1 if args.score_sign == "minus" else -1)
-                agent.q_scale.add_((y.abs().mean() - agent.q_scale) * 0.005)
+                agent.q_scale.lerp_(y.abs().mean(), 0.005)
             if args.alpha_mode == "learned":
-                alpha = agent.alpha_net(s)
+                alpha = agent.alpha_net(self.model.normalize(s))
             else:
-                alpha = args.alpha_scale * (agent.q_scale if args.alpha_mode == "scaled" else torch.ones_like(agent.q_scale))
-            sm = score_matching_loss(agent.critic.action_gradient(s, a_B), score, alpha)
-            if args.alpha_mode == "learned":  # alpha_psi descends on L_SM too, before the critics move
-                descend(sm, self.optimizers["alpha"], keep=True)
-            metrics = dict(sm_loss=sm.detach(), alpha=alpha.detach().mean())
-            loss = loss + args.kappa * sm
+                alpha = args.alpha_scale * (agent.q_scale if args.alpha_mode == "scaled" else torch.ones_like(r[0]))
+            sm_loss = score_matching_loss(agent.critic.action_gradient(s, a_B), score, alpha)
+            if args.alpha_mode == "learned":
+                descend(sm_loss, self.optimizers["alpha_net"], retain_graph=True)
+            loss = loss + args.kappa * sm_loss
+            metrics |= dict(sm_loss=sm_loss.detach(), alpha=alpha.detach().mean())
         descend(loss, self.optimizers["critic"])
-        metrics |= self.update_policy_sac(s)
+        metrics |= self.sac_policy(s)
         follow(agent.critic_target, agent.critic, args.tau)
-        return metrics | dict(critic_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0).mean())
+        return metrics
 
-    def online(self, rows: Tensor, update_policy: bool) -> dict[str, Tensor]:
-        """utd critic updates on equal parts of the batch, then one policy update on all of it."""
+    def online(self, rows: Tensor, delayed: bool) -> dict[str, Tensor]:
+        """utd critic updates on equal parts of the batch, one policy update on all of it; TD3 moves its policy and its
+        targets only when `delayed` is true, every second time."""
         agent, args = self.agent, self.args
-        td3 = args.online_algorithm.startswith("td3")
         for part in rows.chunk(args.utd):
-            s, a, r, s_next, terminal = part.split(self.sizes, 1)
-            y = self.td_target(r.squeeze(1), s_next, terminal.squeeze(1), td3)
-            loss = td_loss(q := agent.critic(s, a), y)
+            s, a, r, s_next, terminal, _ = part.split(self.sizes, 1)
+            y, q = self.td_target(r, s_next, terminal, self.is_td3), agent.critic(s, a)
+            loss = td_loss(q, y)
+            metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0).mean())
             descend(loss, self.optimizers["critic"])
-            if not td3 or update_policy:
+            if delayed or not self.is_td3:
                 follow(agent.critic_target, agent.critic, args.tau)
-        metrics = dict(critic_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0).mean())
-        s, a = rows[:, : self.sizes[0]], rows[:, self.sizes[0] : self.sizes[0] + self.sizes[1]]
+        s, a, *_ = rows.split(self.sizes, 1)
         if args.online_algorithm == "sac":
-            metrics |= self.update_policy_sac(s)
-        elif args.online_algorithm == "awr":
-            with torch.no_grad():  # V(s): the mean value of four policy actions
-                v = torch.stack([agent.critic(s, agent.policy.sample(s)[0]).min(0).values for _ in range(4)]).mean(0)
+            return metrics | self.sac_policy(s)
+        if args.online_algorithm == "awr":
+            with torch.no_grad():  # V(s) is the mean value of four policy actions
                 q = agent.critic(s, a).min(0).values
+                v = sum(agent.critic(s, agent.policy.sample(s)[0]).min(0).values for _ in range(4)) / 4
             loss = awr_policy_loss(agent.policy.log_prob(s, a), q, v, args.awr_temperature)
-            descend(loss, self.optimizers["policy"])
-            metrics |= dict(policy_loss=loss.detach(), advantage=(q - v).mean())
-        elif update_policy:
+        elif delayed:
             a_pi = agent.policy.mode(s)
             bc_weight = args.bc_weight if args.online_algorithm == "td3+bc" else 0.0
             loss = td3_policy_loss(agent.critic(s, a_pi), a_pi, a, bc_weight)
-            descend(loss, self.optimizers["policy"])
-            follow(agent.policy_target, agent.policy, args.tau)
-            metrics |= dict(policy_loss=loss.detach())
-        return metrics
+        else:
+            return metrics
+        descend(loss, self.optimizers["policy"])
+        follow(agent.policy_target, agent.policy, args.tau)
+        return metrics | dict(policy_loss=loss.detach())
 
     @torch.no_grad()
     def identity(self, rows: Tensor) -> dict[str, Tensor]:
-        """Cosine between grad_a Q (mean over members) and the score on data, policy and uniform actions (Appendix F)."""
-        s, a = rows[:, : self.sizes[0]], rows[:, self.sizes[0] : self.sizes[0] + self.sizes[1]]
-        actions = dict(data=a, policy=self.agent.policy.sample(s)[0], uniform=torch.rand_like(a) * 2 - 1)
-        gradient = {k: self.agent.critic.action_gradient(s, b).mean(0) for k, b in actions.items()}
-        return {f"cosine_{k}": F.cosine_similarity(gradient[k], self.model.score(s, b)).mean() for k, b in actions.items()}
+        """Cosine between grad_a Q, a mean over members, and the score on data, policy and uniform actions (Appendix F)."""
+        s, a, *_ = rows.split(self.sizes, 1)
+        actions = dict(data=a, policy=self.agent.policy.sample(s)[0], uniform=2 * torch.rand_like(a) - 1)
+        q_gradient = {k: self.agent.critic.action_gradient(s, b).mean(0) for k, b in actions.items()}
+        return {
+            f"cosine_{k}": F.cosine_similarity(q_gradient[k], self.model.score(s, b)).mean() for k, b in actions.items()
+        }
 
 
-# ================================================================================================ shared: run folder
-CHECKPOINT_FORMAT = "smac-checkpoint-1"
+# ==== shared: run folder
+FORMAT = "smac-checkpoint-1"  # docs/checkpoint.md
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, raised between two steps."""
-
-
-class RunFolder:
-    """config.json, metrics.csv (step, phase, name, value), evaluations.csv (an episode a row), TensorBoard, checkpoints."""
-
-    def __init__(self, args: SimpleNamespace, algorithm: str):
-        self.args = args
-        name = f"{args.task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = args.resume or next(p for i in range(99) if not (p := args.runs_dir / (name + "-" * (i > 0) + str(i or ""))).exists())
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-        if args.resume is None:
-            config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | dict(resume=None)
-            about = dict(git_commit=git_commit(), command=" ".join(sys.argv), python=sys.version, torch=torch.__version__)
-            (self.path / "config.json").write_text(json.dumps(config | {"_about": about}, indent=1))
-            shutil.copy(__file__, self.path)
-            (self.path / "metrics.csv").write_text("step,phase,name,value\n")
-            (self.path / "evaluations.csv").write_text("step,phase,episode,return,length,score\n")
-        self.tensorboard = self.wandb = None
-
-    def open_logs(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.tensorboard = SummaryWriter(self.path, purge_step=step)
-        if self.args.track:
-            import wandb
-
-            self.wandb = wandb.init(project=self.args.wandb_project, name=self.path.name, dir=self.path, config=vars(self.args), id=self.path.name[:64].replace("+", "-"), resume="allow")
-
-    def on_signal(self, number, frame) -> None:
-        if self.signal is not None:  # the second time: at once
-            sys.exit(128 + number)
-        self.signal = number
-
-    def log(self, phase: str, step: int, total: int, metrics: dict) -> None:
-        """`step` counts within the phase, `total` over the phases: TensorBoard's axis."""
-        lines = [f"{step},{phase},{k},{float(v):.9g}\n" for k, v in metrics.items()]
-        self.append("metrics.csv", "".join(lines))
-        for k, v in metrics.items():
-            self.tensorboard.add_scalar(f"{phase}/{k}", float(v), total)
-        if self.wandb:
-            self.wandb.log({f"{phase}/{k}": float(v) for k, v in metrics.items()} | dict(total_step=total))
-
-    def append(self, name: str, text: str) -> None:
-        try:
-            with open(self.path / name, "a") as f:
-                f.write(text)
-        except OSError as e:
-            tqdm.write(f"warning: {self.path / name} cannot be written ({e}): free some space; training goes on.", sys.stderr)
-
-    def save(self, name: str, state: dict) -> bool:
-        """Atomic: a run that dies while it writes keeps the file that was there."""
-        path, buffer = self.path / name, io.BytesIO()
-        torch.save(dict(format=CHECKPOINT_FORMAT, args=vars(self.args)) | state, buffer)
-        try:
-            path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
-            os.replace(path.with_suffix(".tmp"), path)
-            return True
-        except OSError as e:
-            path.with_suffix(".tmp").unlink(missing_ok=True)
-            tqdm.write(f"warning: {path} cannot be written ({e}): free some space; the one before is kept.", sys.stderr)
-            return False
+def read_config(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{folder}: not a run folder of these scripts, config.json cannot be read ({e}).") from e
 
 
 def read_checkpoint(path: Path) -> dict:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=False)
-        assert state["format"] == CHECKPOINT_FORMAT
-        return state
-    except Exception as e:
-        raise BadInput(f"{path}: not a checkpoint of these scripts ({type(e).__name__}: {e}).") from e
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch lets through whatever unpickling raises
+        raise BadInput(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {e}).") from e
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise BadInput(f"{path}: not a checkpoint of these scripts (its format is not {FORMAT}).")
+    return state
 
 
 def git_commit() -> str:
-    """The script's commit, with + where the working tree differs from it; empty outside a repository."""
-    run = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-    try:
-        dirty = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
-        return run("rev-parse", "HEAD").stdout.strip() + "+" * bool(dirty)
-    except OSError:
-        return ""
+    """The script's commit, with a + where files differ from it; empty outside a repository."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
-def write_replay(path: Path, replay: Replay, cut: np.ndarray, task: Task, attributes: dict) -> None:
-    """The online phase's transitions as a D4RL-layout HDF5 file; next observations are left out, all but those at an
-    episode's cut follow from the next row."""
-    s, a, r, _, terminal = (x.numpy() for x in replay.rows[: len(replay)].cpu().split(replay.sizes, 1))
-    columns = dict(observations=s, actions=a, rewards=(r[:, 0] - task.reward_bias) / task.reward_scale)
-    columns |= dict(terminals=terminal[:, 0] > 0, timeouts=np.asarray(cut[: len(replay)], bool))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path.with_name(path.name + ".tmp"), "w") as f:
-        for k, v in columns.items():
-            f.create_dataset(k, data=v, compression="gzip", compression_opts=9, shuffle=True, track_times=False)
-        f.attrs.update(attributes)
-    os.replace(path.with_name(path.name + ".tmp"), path)
+class Run:
+    """A run's folder: config.json, the script, metrics.csv, evaluations.csv, TensorBoard, checkpoints. `steps` walks a phase
+    and goes on inside it after a resume. last.pt holds the state_dict of everything in `state`."""
+
+    def __init__(self, args: SimpleNamespace, algorithm: str, state: dict, device: torch.device):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.args, self.state, self.device = args, state, device
+        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | {
+            "algorithm": algorithm
+        }
+        self.position, self.evaluations, self.seconds = {}, [], {}  # steps done a phase; (phase, step, score); clocks
+        self.signal, self.ended = None, False  # asked to stop by a signal; asked to leave the phase
+        name = f"{args.task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = args.resume or next(
+            p for i in range(10**6) if not (p := args.runs_dir / f"{name}{i or ''}").exists()
+        )
+        if args.resume is not None:
+            self.resume()
+        else:
+            self.path.mkdir(parents=True)
+            about = dict(command=sys.argv, git_commit=git_commit(), torch=torch.__version__)
+            (self.path / "config.json").write_text(json.dumps(self.config | about, indent=1))
+            (self.path / "metrics.csv").write_text("step,phase,name,value\n")
+            (self.path / "evaluations.csv").write_text("step,phase,episode,return,length,score\n")
+            shutil.copy(__file__, self.path)
+        if args.track:
+            import wandb
+
+            wandb.init(project="smac", name=self.path.name, dir=self.path, config=self.config, sync_tensorboard=True)
+        self.tensorboard = SummaryWriter(self.path, purge_step=self.total)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        print(f"run folder: {self.path}")
+
+    def resume(self) -> None:
+        saved = read_checkpoint(self.path / "last.pt")
+        if saved["args"]["algorithm"] != self.config["algorithm"]:
+            raise BadInput(f"{self.path} is a run of {saved['args']['algorithm']}: resume it with its own script.")
+        try:
+            for name, thing in self.state.items():
+                thing.load_state_dict(saved[name])
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise BadInput(
+                f"{self.path}/last.pt does not fit the flags: resume without changing the networks ({e})."
+            ) from e
+        self.position, self.evaluations, self.seconds = saved["position"], saved["evaluations"], saved["seconds"]
+        for name, size in saved["sizes"].items():  # drop what was written after the checkpoint
+            os.truncate(self.path / name, size)
+        torch.set_rng_state(saved["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
+
+    def on_signal(self, number: int, frame) -> None:
+        if self.signal is not None:  # a second time: at once
+            sys.exit(128 + number)
+        self.signal = number
+
+    @property
+    def total(self) -> int:
+        return sum(self.position.values())
+
+    def steps(self, phase: str, n: int):
+        """Yields the phase's remaining steps. After each: a checkpoint where one is due, and a stop where one was asked."""
+        start = self.position.get(phase, 0)
+        interval = 0.5 if sys.stderr.isatty() else 60
+        self.phase, self.bar = phase, tqdm(total=n, initial=start, desc=phase, mininterval=interval, disable=start >= n)
+        for self.step in range(start, n):
+            yield self.step
+            self.position[phase] = self.step + 1
+            self.bar.update()
+            ended = self.ended or self.step + 1 == n
+            if ended or self.signal is not None or self.due(self.args.checkpoint_every):
+                self.save("last.pt", self.state)
+            if self.signal is not None:
+                command = f"python {Path(sys.argv[0]).name} --resume {self.path}"
+                raise Stopped(f"Stopped after {phase} step {self.step + 1}. To go on: {command}", 128 + self.signal)
+            if ended:
+                break
+        self.bar.close()
+
+    def due(self, every: int) -> bool:
+        return (self.step + 1) % every == 0
+
+    @contextlib.contextmanager
+    def clock(self, what: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def writing(self, name: str):
+        """A full disk costs a row or a checkpoint, never the run."""
+        try:
+            yield self.path / name
+        except OSError as e:
+            tqdm.write(f"{self.path / name} cannot be written ({e}): free some space; the run goes on.", sys.stderr)
+
+    def log(self, metrics: dict, *show: str) -> None:
+        values = {k: float(v) for k, v in metrics.items()}
+        if bad := [k for k, v in values.items() if not math.isfinite(v)]:
+            good = f"the last good state is {self.path}/last.pt"
+            raise Stopped(
+                f"{', '.join(bad)} not finite at {self.phase} step {self.step + 1}: lower a learning rate; {good}", 1
+            )
+        values |= {f"seconds/{k}": v for k, v in self.seconds.items()}
+        with self.writing("metrics.csv") as path, open(path, "a") as f:
+            f.writelines(f"{self.step + 1},{self.phase},{k},{v:.9g}\n" for k, v in values.items())
+            for k, v in values.items():
+                self.tensorboard.add_scalar(f"{self.phase}/{k}", v, self.total + 1)
+        self.bar.set_postfix({k: f"{values[k]:.3g}" for k in show}, refresh=False)
+
+    def save(self, name: str, parts: dict) -> None:
+        """Write a checkpoint under a temporary name, then rename it: until then the one before stays."""
+        state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
+        state |= dict(position=self.position, evaluations=self.evaluations)
+        state["sizes"] = {f: (self.path / f).stat().st_size for f in ("metrics.csv", "evaluations.csv")}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        torch.save(state | {k: v.state_dict() for k, v in parts.items()}, whole := io.BytesIO())
+        with self.writing(name) as path:
+            path.with_suffix(".tmp").write_bytes(whole.getbuffer())
+            os.replace(path.with_suffix(".tmp"), path)
+
+    def evaluate(
+        self, phase: str, step: int, policy: nn.Module, envs: list[TaskEnv], stream: int = EVALUATION
+    ) -> float:
+        """The mean score over one episode an environment; every episode goes to evaluations.csv."""
+        with self.clock("evaluation"):
+            results = evaluate(policy, envs, [episode_seed(self.args.seed, stream, i) for i in range(len(envs))])
+        scores = [float(envs[0].task.score(total, last)) for total, _, last in results]
+        with self.writing("evaluations.csv") as path, open(path, "a") as f:
+            rows = enumerate(zip(results, scores))
+            f.writelines(f"{step},{phase},{i},{r:.9g},{n},{score:.6g}\n" for i, ((r, n, _), score) in rows)
+            self.tensorboard.add_scalar(f"{phase}/score", np.mean(scores), self.total)
+        self.evaluations.append((phase, step, float(np.mean(scores))))
+        tqdm.write(f"{phase:>8} {step:>9,}  score {np.mean(scores):6.1f}  ({min(scores):.1f} to {max(scores):.1f})")
+        return self.evaluations[-1][-1]
+
+    def report(self, dataset_score: float | None) -> None:
+        """curve.png, and the run in a few lines. Early: the first fifth of the online steps after the warm start. Regret:
+        the mean over the online evaluations of the run's best score minus theirs."""
+        import matplotlib.pyplot as plt
+
+        plt.switch_backend("Agg")
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        curves = {
+            phase: [(s, x) for p, s, x in self.evaluations if p == phase] for phase in ("offline", "online", "final")
+        }
+        lines, hand_over = {} if dataset_score is None else {"dataset, mean episode": dataset_score}, 0
+        for value, label in ((v, k) for k, v in lines.items()):
+            axes.axhline(value, color="gray", linestyle=":", label=label)
+        if curves["offline"]:
+            hand_over = curves["offline"][-1][0]
+            axes.plot(*zip(*curves["offline"]), ".-", label="offline pretraining")
+            axes.axvline(hand_over, color="black", linewidth=0.8, linestyle="--", label="hand-over")
+        if curves["online"]:
+            axes.plot(
+                [hand_over + s for s, _ in curves["online"]], [x for _, x in curves["online"]], ".-", label="online"
+            )
+            scores, warm = [x for _, x in curves["online"]], self.args.warmup_steps
+            early = [x for s, x in curves["online"] if s <= warm + 0.2 * (self.args.online_steps - warm)]
+            lines |= {
+                "at transfer": scores[0],
+                "worst early online": min(early),
+                "last": scores[-1],
+                "best": max(scores),
+            }
+            lines |= {"regret (mean of best - score)": max(scores) - float(np.mean(scores))}
+        lines[f"final, {self.args.final_episodes} new episodes"] = curves["final"][-1][1]
+        axes.set(xlabel="updates offline, then environment steps", ylabel="D4RL score", title=self.path.name)
+        axes.grid(alpha=0.3), axes.legend()
+        with self.writing("curve.png") as path:
+            figure.savefig(path, dpi=150)
+        print("\n".join(f"  {name:<32}{x:8.1f}" for name, x in lines.items()))
 
 
-# ================================================================================================ main
-def main(argv: list[str] | None = None) -> None:
-    args = parse_flags(argv)
+# ==== main
+def main() -> None:
+    args = parse_flags()
     task = TASKS[args.task]
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
-    from_scratch = args.offline_steps == 0 and args.init_from is None
 
-    # ---- everything that can be wrong with the input is found here
-    env = TaskEnv(task, render_mode=None)
-    obs_dim, act_dim = env.reset(seed=0)[0].shape[0], env.action_space.shape[0]
-    data = None
+    # What can be wrong with the input shows here, before a run folder exists.
+    env, *eval_envs = (TaskEnv(task) for _ in range(1 + args.eval_episodes))
+    (obs_dim,), (act_dim,) = env.reset(seed=episode_seed(args.seed, TRAINING, 0))[0].shape, env.action_space.shape
+    from_scratch = args.offline_steps == 0 and args.init_from is None
+    dataset, dataset_score = None, None
     if not from_scratch:
-        raw = read_dataset(task, args.dataset)
-        raw = {k: observation(task, v) if "observations" in k else v for k, v in raw.items()}
+        raw = {
+            k: observation(task, v) if "observations" in k else v for k, v in read_dataset(task, args.dataset).items()
+        }
         check_dataset(raw, obs_dim, act_dim, args.dataset or args.task)
         data = to_transitions(raw, task)
-        print(summarize(data, raw, task))
-    agent = Agent(obs_dim, act_dim, args).to(device)
-    model = ScoreModel(obs_dim, act_dim, args).to(device)
-    optimizers = make_optimizers(agent, args)
-    replay = Replay(max(args.online_steps, 1), obs_dim, act_dim, device)
-    cut = np.zeros(max(args.online_steps, 1), bool)  # time-outs of the replay's rows
-    updates = Updates(agent, model, optimizers, replay.sizes, args)
-    at = SimpleNamespace(phase="score", step=0, episode=0, actions=[], best=-math.inf, evaluations=[], seconds={})
-    run = RunFolder(args, "smac")
-    eval_envs = [TaskEnv(task) for _ in range(args.eval_episodes)]
-    run.open_logs(0)
+        print(summarize(data, len(raw["rewards"]), task))
+        dataset, dataset_score = Replay(len(data["w"]), obs_dim, act_dim, device), float(data["scores"].mean())
+        r = task.scale * data["rewards"] + task.bias
+        dataset.add(data["observations"], data["actions"], r, data["next_observations"], data["terminals"], 0 * r)
 
-    if data is not None:
-        dataset = Replay(len(data["w"]), obs_dim, act_dim, device)
-        dataset.add(to_rows(data["observations"], data["actions"], task.reward_scale * data["rewards"] + task.reward_bias, data["next_observations"], data["terminals"]))
-
-    def report(phase, step):
-        seeds = [episode_seed(args.seed, 1, i) for i in range(args.eval_episodes)]
-        result = evaluate(agent.policy, eval_envs, seeds, device)
-        score = score_of(task, result["total"], result["last"])
-        rows = zip(result["total"], result["length"], score)
-        run.append("evaluations.csv", "".join(f"{step},{phase},{i},{t:.6f},{n},{x:.4f}\n" for i, (t, n, x) in enumerate(rows)))
-        at.evaluations.append((phase, step, float(score.mean())))
-        tqdm.write(f"{phase} {step}: {score.mean():.1f} +- {score.std():.1f}  {time.time()-start:.0f}s")
-        return float(score.mean())
-
-    start = time.time()
-    if not from_scratch:
+    agent, model = Agent(obs_dim, act_dim, args).to(device), ScoreModel(obs_dim, act_dim, args).to(device)
+    if dataset is not None:
         s, a, w = (torch.as_tensor(data[k], device=device) for k in ("observations", "actions", "w"))
-        model.mean.copy_(s.mean(0)); model.std.copy_(s.std(0) + 1e-3)
-        opt = torch.optim.Adam(model.parameters(), lr=args.score_lr, fused=True)
-        ema = copy.deepcopy(model)
-        bar = tqdm(range(args.score_steps), mininterval=5)
-        for step in bar:
-            for g in opt.param_groups: g["lr"] = args.score_lr * 0.5 * (1 + math.cos(math.pi * step / args.score_steps))
-            i = torch.randint(len(a), (args.score_batch_size,))
-            loss = diffusion_loss(model, s[i], a[i], w[i] if args.score_return else torch.ones_like(w[i]))
-            opt.zero_grad(); loss.backward(); opt.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1 / (step + 1), 0.001))
-            if (step+1) % args.log_every == 0: run.log("score", step + 1, step + 1, dict(loss=loss.detach()))
-        ema.eval().requires_grad_(False)
-        updates.model = ema
-        print("score", time.time() - start)
-        report("offline", 0)
-        for step in tqdm(range(args.offline_steps), mininterval=5):
-            m = updates.offline(dataset.sample(args.offline_batch_size))
-            if (step + 1) % args.log_every == 0: run.log("offline", step + 1, step + 1, m | updates.identity(dataset.sample(256)))
-            if (step + 1) % args.eval_every == 0:
-                report("offline", step + 1); print({k: round(float(v), 3) for k, v in (m | updates.identity(dataset.sample(256))).items()})
-        torch.save(agent.state_dict(), run.path / "offline_dev.pt")
-        agent.policy_target.load_state_dict(agent.policy.state_dict())
+        w = w if args.score_return else torch.ones_like(w)
+        normalized = [
+            agent.policy,
+            agent.critic,
+            agent.policy_target,
+            agent.critic_target,
+        ] * args.normalize_observations
+        for module in [model] + normalized:
+            module.mean.copy_(s.mean(0)), module.std.copy_(s.std(0) + 1e-3)
+    average = copy.deepcopy(model).eval().requires_grad_(False)  # of the weights: what the score is asked of
+    fit, optimizers = torch.optim.Adam(model.parameters(), args.score_lr, fused=True), make_optimizers(agent, args)
+    replay = Replay(max(args.online_steps, 1), obs_dim, act_dim, device)
+    updates = Updates(agent, average, optimizers, replay.sizes, args)
+    networks = dict(agent=agent, score_model=average, **optimizers)
+    if args.init_from is not None and args.resume is None:
+        start = read_checkpoint(args.init_from)
+        for name in networks if start["args"]["algorithm"] == "smac" else ("agent",):
+            networks[name].load_state_dict(start[name])
+    run = Run(args, "smac", networks | dict(model=model, fit=fit, replay=replay, env=env), device)
 
-    obs, _ = env.reset(seed=episode_seed(args.seed, 0, 0))
-    s0 = torch.empty(1, obs_dim)
-    noise = np.random.default_rng(args.seed)
-    for step in tqdm(range(args.online_steps), mininterval=5):
-        if from_scratch and step < args.warmup_steps:
-            action = (torch.rand(act_dim) * 2 - 1).numpy()
-        else:
-            with torch.no_grad():
-                o = torch.as_tensor(obs, device=device)[None]
-                if args.online_algorithm in ("td3", "td3+bc") and step >= args.warmup_steps:
-                    action = agent.policy.mode(o)
-                    action = (action + args.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
-                else:
-                    action = agent.policy.sample(o)[0]
-                action = action[0].cpu().numpy()
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        replay.add(to_rows(obs[None], action[None], [task.reward_scale * reward + task.reward_bias], next_obs[None], [terminated]))
-        cut[step] = truncated and not terminated
-        obs = next_obs
-        if terminated or truncated:
-            at.episode += 1
-            obs, _ = env.reset(seed=episode_seed(args.seed, 0, at.episode))
-        if step + 1 > args.warmup_steps:
-            n_off = int(args.offline_fraction * args.online_batch_size)
-            rows = replay.sample(args.online_batch_size - n_off)
-            if n_off: rows = torch.cat([dataset.sample(n_off), rows])[torch.randperm(args.online_batch_size)] if args.utd > 1 else torch.cat([dataset.sample(n_off), rows])
-            m = updates.online(rows, step % 2 == 0)
-            if (step + 1) % args.log_every == 0: run.log("online", step + 1, step + 1, m)
-        if step == 0 or (step + 1) % args.eval_every == 0:
-            x = report("online", step + 1)
-            if args.stop_at_score is not None and x >= args.stop_at_score: break
+    # ---- phase 1: the score of the dataset's actions
+    for step in run.steps("score", 0 if from_scratch or args.init_from else args.score_steps):
+        with run.clock("update"):
+            fit.param_groups[0]["lr"] = args.score_lr * 0.5 * (1 + math.cos(math.pi * step / args.score_steps))
+            i = torch.randint(len(a), (args.score_batch_size,), device=device)
+            loss = diffusion_loss(model, s[i], a[i], w[i])
+            fit.zero_grad()
+            loss.backward()
+            fit.step()
+            follow(average, model, max(1e-3, 1 / (step + 1)))  # IDQL's rate, faster at the start
+        if run.due(args.log_every):
+            run.log(dict(loss=loss.detach()), "loss")
+
+    # ---- phase 2: score-matched pretraining
+    for step in run.steps("offline", 0 if args.init_from else args.offline_steps):
+        if step == 0:
+            run.evaluate("offline", 0, agent.policy, eval_envs)
+        with run.clock("update"):
+            metrics = updates.offline(dataset.sample(args.offline_batch_size))
+        if run.due(args.log_every):
+            run.log(metrics | updates.identity(dataset.sample(256)), "q", "cosine_data", "entropy")
+        if run.due(args.eval_every):
+            run.evaluate("offline", step + 1, agent.policy, eval_envs)
+        if step + 1 == args.offline_steps:
+            agent.policy_target.load_state_dict(agent.policy.state_dict())
+            run.save("offline.pt", networks)
+
+    # ---- phase 3: a plain online algorithm
+    from_dataset = round(args.offline_fraction * args.online_batch_size)
+    for step in run.steps("online", 0 if args.online_algorithm == "none" else args.online_steps):
+        if step == 0:
+            run.evaluate("online", 0, agent.policy, eval_envs)
+        with run.clock("environment"):
+            obs, exploring = env.obs, updates.is_td3 and step >= args.warmup_steps
+            action = updates.act(torch.as_tensor(obs, device=device)[None], exploring)[0].cpu().numpy()
+            if from_scratch and step < args.warmup_steps:
+                action = torch.rand(act_dim).mul(2).sub(1).numpy()
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            # easy to overlook: a time-out is no terminal, and s' is this episode's last state, not the next one's first
+            r, cut = task.scale * reward + task.bias, truncated and not terminated
+            replay.add(obs, action, r, next_obs, terminated, cut)
+            if terminated or truncated:
+                env.reset(seed=episode_seed(args.seed, TRAINING, replay.added))
+        if step >= args.warmup_steps:
+            with run.clock("update"):
+                rows = replay.sample(args.online_batch_size - from_dataset)
+                if from_dataset > 0:  # shuffled, for utd > 1 cuts the batch into parts
+                    rows = torch.cat([rows, dataset.sample(from_dataset)])[torch.randperm(args.online_batch_size)]
+                metrics = updates.online(rows, step % 2 == 0)
+            if run.due(args.log_every):
+                run.log(metrics | ({} if from_scratch else updates.identity(rows[:256])), "q", "td_loss")
+        if run.due(args.eval_every):
+            score = run.evaluate("online", step + 1, agent.policy, eval_envs)
+            if score >= max(x for phase, _, x in run.evaluations if phase == "online"):
+                run.save("best.pt", networks)
+            run.ended = args.stop_at_score is not None and score >= args.stop_at_score
+
+    run.evaluate("final", run.total, agent.policy, [TaskEnv(task) for _ in range(args.final_episodes)], FINAL)
     if args.save_replay is not None:
-        write_replay(args.save_replay, replay, cut, task, dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=args.seed, env_id=task.env_id))
+        about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=args.seed, env_id=task.env_id)
+        replay.write(args.save_replay, task, **about)
+    if args.capture_video:
+        video = gym.wrappers.RecordVideo(TaskEnv(task, render_mode="rgb_array"), str(run.path), lambda episode: True)
+        evaluate(agent.policy, [video], [episode_seed(args.seed, FINAL, 0)])
+        video.close()
+    run.report(dataset_score)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except BadInput as error:
-        sys.exit(f"error: {error}")
+    except BadInput as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(stop.args[0], file=sys.stderr)
+        sys.exit(stop.args[1])
