@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]>=1.1", "gymnasium-robotics>=1.4", "mujoco>=3.3,<3.11", "tyro>=1.0",
-#     "numpy>=2.0", "h5py>=3.11", "minari>=0.5.3", "tqdm>=4.66", "tensorboard>=2.17", "matplotlib>=3.9"]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]>=1.1", "gymnasium-robotics>=1.4", "mujoco>=3.3,<3.11",
+#     "tyro>=1.0", "numpy>=2.0", "h5py>=3.11", "minari>=0.5.3", "tqdm>=4.66", "tensorboard>=2.17", "matplotlib>=3.9"]
 # ///
 """SMAC, Score-Matched Actor-Critic (arXiv 2602.17632): pretrain on a fixed dataset, go on online without a drop.
 
@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -54,6 +54,7 @@ class RunFlags:
     task: str = "hopper-embedded"  # hopper-medium-replay-v2, door-binary-v0, ...; a wrong name lists all. Sets defaults
     seed: int = 0  # of networks, batches, exploration, training and evaluation episodes
     resume: Path | None = None  # run folder to go on with, exactly where its last.pt stands; its flags are the defaults
+    dataset: str | None = None  # D4RL-layout HDF5, or minari:ID; else the task's own, from $D4RL_DATASET_DIR or ~/.d4rl
     init_from: Path | None = None  # offline.pt of any of our scripts: its networks go straight to the online phase
     runs_dir: Path = Path("runs")  # where run folders are made
     device: str = "auto"  # auto: cuda where there is one; else cpu, cuda:1, ...
@@ -66,14 +67,9 @@ class RunFlags:
     eval_every: int = 10_000  # steps between evaluations, offline and online
     eval_episodes: int = 20  # episodes an evaluation, deterministic policy, the same starts each time (WSRL: 20)
     final_episodes: int = 50  # episodes of the last evaluation, from starts that no earlier one used
+    save_replay: Path | None = None  # write all that the online phase collected to this file, in D4RL's layout
     track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_MODE=offline works)
     capture_video: bool = False  # record an episode of the final policy (without a screen: MUJOCO_GL=egl or osmesa)
-
-
-@dataclass
-class DataFlags:
-    dataset: str | None = None  # D4RL-layout HDF5, or minari:ID; else the task's own, from $D4RL_DATASET_DIR or ~/.d4rl
-    save_replay: Path | None = None  # write all that the online phase collected to this file, in D4RL's layout
 
 
 @dataclass
@@ -127,16 +123,15 @@ class OnlineFlags:
     stop_at_score: float | None = None  # end the run at the first online evaluation with this mean score
 
 
-GROUPS = dict(run=RunFlags, data=DataFlags, score=ScoreFlags, offline=OfflineFlags, online=OnlineFlags)
+GROUPS = dict(run=RunFlags, score=ScoreFlags, offline=OfflineFlags, online=OnlineFlags)
 Flags = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
 
 # Rows of other defaults. adroit, kitchen: paper, Tables 6 and 7. hopper-embedded: ours, the method at a size for two CPU
 # cores (docs/smac.md). from-scratch, with --offline-steps 0: SAC's own (softlearning).
 ROWS = {
     "adroit": dict(score_steps=3_000_000, score_batch_size=1024, score_blocks=5, score_condition_hidden=(256,) * 3)
-    | dict(
-        critic_hidden=(512,) * 4, policy_hidden=(256,) * 3, offline_steps=200_000, awr_temperature=20.0, bc_weight=0.2
-    ),
+    | dict(critic_hidden=(512,) * 4, policy_hidden=(256,) * 3, offline_steps=200_000)
+    | dict(awr_temperature=20.0, bc_weight=0.2),
     "kitchen": dict(score_steps=3_000_000, score_batch_size=1024, score_blocks=5, score_condition_hidden=(256,) * 3)
     | dict(critic_hidden=(512,) * 4, kappa=50.0, offline_steps=400_000, awr_temperature=5.0, bc_weight=2.0),
     "hopper-embedded": dict(score_steps=12_000, score_batch_size=256, score_lr=1e-3, score_hidden=128, score_blocks=2)
@@ -158,7 +153,7 @@ def parse_flags() -> SimpleNamespace:
     given, _ = first.parse_known_args()
     name = given.task or RunFlags.task
     if given.resume is not None:
-        row = read_config(given.resume) | {"resume": given.resume}
+        row = read_checkpoint(given.resume / "last.pt")["args"] | {"resume": given.resume}
     elif name not in TASKS:
         near = ", ".join(difflib.get_close_matches(name, TASKS, 3, 0.3)) or "none"
         raise BadInput(f"--task {name}: no such task. Near: {near}. All: {', '.join(TASKS)}.")
@@ -174,17 +169,11 @@ def parse_flags() -> SimpleNamespace:
         setattr(group, f.name, tuple(value) if isinstance(value, list) else value)
     flags = tyro.cli(Flags, default=Flags(*groups), description=(__doc__ or "").split("\n\n")[0])
     args = SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
-    for name in (
-        "eval_every",
-        "eval_episodes",
-        "final_episodes",
-        "log_every",
-        "checkpoint_every",
-        "num_critics",
-        "utd",
-    ):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed.")
+    counts = dict(
+        eval_every=1, eval_episodes=1, final_episodes=1, log_every=1, checkpoint_every=1, num_critics=1, utd=1
+    )
+    if low := [f"--{k.replace('_', '-')}" for k in counts if getattr(args, k) < 1]:
+        raise BadInput(f"{', '.join(low)}: at least 1 is needed.")
     if args.online_batch_size % args.utd or not 0 <= args.offline_fraction <= 1:
         raise BadInput("--online-batch-size must be a multiple of --utd, and --offline-fraction lie between 0 and 1.")
     return args
@@ -196,8 +185,8 @@ class Task:
     env_id: str
     domain: str  # locomotion, adroit, kitchen: which rewards, what a success is
     max_steps: int
-    file: str  # in the dataset folder; in D4RL's folder `url`, where it is one of theirs
-    url: str | None = None
+    file: str  # in the dataset folder
+    url: str | None = None  # D4RL's folder, where it is one of theirs
     zero: float = 0.0  # raw returns with the scores 0 and 100 (D4RL's infos.py)
     hundred: float = 1.0
     scale: float = 1.0  # training reward, offline and online: scale * r + bias (WSRL's values); never evaluation's
@@ -212,37 +201,35 @@ class Task:
 
 
 D4RL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+ANT = dict(include_cfrc_ext_in_observation=False, contact_cost_weight=0.0)  # D4RL's contact forces are all zero
 RETURNS = dict(Hopper=(-20.272305, 3234.3), Walker2d=(1.629008, 4592.3), HalfCheetah=(-280.178953, 12135.0))
-RETURNS["Ant"] = (-325.6, 3879.7)
-ANT = dict(
-    include_cfrc_ext_in_observation=False, contact_cost_weight=0.0
-)  # D4RL's recorded contact forces are all zero
+RETURNS |= dict(Ant=(-325.6, 3879.7))
 KITCHEN = dict(complete="mini_kitchen_microwave_kettle_light_slider", partial="kitchen_microwave_kettle_light_slider")
-KITCHEN["mixed"] = "kitchen_microwave_kettle_bottomburner_light"
-TASKS = {
-    "hopper-embedded": Task("Hopper-v5", "locomotion", 1000, "hopper-medium-replay.hdf5", None, *RETURNS["Hopper"])
-}
-for name, returns in RETURNS.items():
+KITCHEN |= dict(mixed="kitchen_microwave_kettle_bottomburner_light")
+TASKS = {}
+for name, low_high in RETURNS.items():
     for kind in ("random", "medium", "medium-replay", "medium-expert", "expert"):
         file, kwargs = f"{name.lower()}_{kind.replace('-', '_')}-v2.hdf5", ANT if name == "Ant" else {}
-        task = Task(f"{name}-v5", "locomotion", 1000, file, D4RL + "gym_mujoco_v2/", *returns, env_kwargs=kwargs)
+        task = Task(f"{name}-v5", "locomotion", 1000, file, D4RL + "gym_mujoco_v2/", *low_high, env_kwargs=kwargs)
         TASKS[f"{name.lower()}-{kind}-v2"] = task
+TASKS["hopper-embedded"] = replace(TASKS["hopper-medium-replay-v2"], file="hopper-medium-replay.hdf5", url=None)
 for name, steps in dict(pen=100, door=200, relocate=200).items():
     env_id, file = f"AdroitHand{name.title()}Sparse-v1", f"offpolicy_hand_data/{name}"
     TASKS[f"{name}-binary-v0"] = Task(env_id, "adroit", steps, file, scale=10.0, bias=5.0)
 for name, file in KITCHEN.items():
     others = ["bottom burner", "light switch"] if name == "mixed" else ["light switch", "slide cabinet"]
-    kwargs = dict(tasks_to_complete=["microwave", "kettle", *others])
-    task = Task("FrankaKitchen-v1", "kitchen", 280, f"{file}-v0.hdf5", D4RL + "kitchen/", bias=-4.0, env_kwargs=kwargs)
+    kwargs, url = dict(tasks_to_complete=["microwave", "kettle", *others]), D4RL + "kitchen/"
+    task = Task("FrankaKitchen-v1", "kitchen", 280, file + "-v0.hdf5", url, bias=-4.0, env_kwargs=kwargs)
     TASKS[f"kitchen-{name}-v0"] = task
 
 
-class BadInput(Exception):
-    """One sentence for the user: what is wrong and what to do. Exit code 2, before any training."""
+class BadInput(SystemExit):
+    """Ends the script with one sentence for the user. Code 2: wrong input, before any training; else the run is saved."""
 
-
-class Stopped(Exception):
-    """(message, exit code): the run ends early with its state saved."""
+    def __init__(self, sentence: str, code: int = 2):
+        super().__init__(sentence)
+        self.code = code
+        print(f"error: {sentence}" if code == 2 else sentence, file=sys.stderr)
 
 
 # ==== shared: data
@@ -265,13 +252,12 @@ def download(url: str, path: Path) -> None:
 
 
 def read_dataset(task: Task, dataset: str | None) -> dict[str, np.ndarray]:
-    """The dataset in D4RL's layout: a row a step, episodes one after another in time order. Rewards are raw; kitchen's are
-    the number of subtasks solved so far and binary Adroit's success - 1, as `TaskEnv` pays them."""
+    """The dataset in D4RL's layout: a row a step, episodes one after another in time order. Rewards are raw; kitchen's
+    are the number of subtasks solved so far and binary Adroit's success - 1, as `TaskEnv` pays them."""
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
-    if dataset is not None and dataset.startswith("minari:"):
-        return from_episodes(minari_episodes(task, dataset.removeprefix("minari:")))
-    if dataset is None and task.domain == "adroit":
-        return from_episodes(adroit_episodes(cache / task.file))
+    if (dataset or "").startswith("minari:") or dataset is None and task.domain == "adroit":
+        episodes = list(minari_episodes(task, dataset[7:]) if dataset else adroit_episodes(cache / task.file))
+        return {k: np.concatenate([e[k] for e in episodes]) for k in episodes[0]} if episodes else {"observations": []}
     path = Path(dataset) if dataset else cache / task.file if task.url else Path(__file__).parent / "data" / task.file
     if dataset is None and task.url and not path.exists():
         download(task.url + task.file, path)
@@ -282,19 +268,10 @@ def read_dataset(task: Task, dataset: str | None) -> dict[str, np.ndarray]:
     except FileNotFoundError as e:
         raise BadInput(f"{path}: no such file. --dataset takes a D4RL-layout HDF5 file or minari:ID.") from e
     except (OSError, RuntimeError) as e:
-        raise BadInput(
-            f"{path}: not a whole HDF5 file ({e}). If a copy broke off, delete it and fetch it again."
-        ) from e
+        raise BadInput(f"{path}: not a whole HDF5 file ({e}). Delete it and fetch it again.") from e
     if missing := [k for k in required if k not in raw]:
-        raise BadInput(
-            f"{path}: {', '.join(missing)} missing. D4RL's layout has {', '.join(required)} at the top level."
-        )
+        raise BadInput(f"{path}: {', '.join(missing)} missing; D4RL's layout has {', '.join(required)}.")
     return raw
-
-
-def from_episodes(episodes) -> dict[str, np.ndarray]:
-    episodes = list(episodes)
-    return {k: np.concatenate([e[k] for e in episodes]) for k in episodes[0]} if episodes else {"observations": []}
 
 
 def minari_episodes(task: Task, name: str):
@@ -329,8 +306,7 @@ def adroit_episodes(stem: Path):
 
 def check_dataset(raw: dict[str, np.ndarray], obs_dim: int, act_dim: int, name: str) -> None:
     """Finds what would otherwise fail, or silently spoil the result, after minutes of training."""
-    n = len(raw["observations"])
-    if n < 2:
+    if (n := len(raw["observations"])) < 2:
         raise BadInput(f"{name}: the dataset is empty ({n} rows).")
     for k, v in raw.items():
         dim = {"observations": obs_dim, "next_observations": obs_dim, "actions": act_dim}.get(k, 1)
@@ -350,17 +326,17 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
     An episode ends at a terminal, a time-out, where the stored next state is not the following row's, and with the file.
     Only a terminal stops bootstrapping. A row whose next state is unknown (the last before a cut, where the file has no
     next_observations) is dropped; its reward still counts in w, the episode's raw return (kitchen: its solved subtasks),
-    min-max normalised. Returns float32 observations, next_observations (n, o), actions (n, a), rewards, terminals, w (n,),
-    and an entry an episode: returns, terminated (of those kept), scores (of all).
+    min-max normalised. Returns float32 observations, next_observations (n, o), actions (n, a), rewards, terminals, w
+    (n,), and an entry an episode: returns, terminated (of those kept), scores (of all).
     """
     n = len(raw["rewards"])
     obs, rewards = raw["observations"].astype(np.float32), raw["rewards"].astype(np.float64).reshape(n)
     terminal = raw["terminals"].reshape(n) > 0
     end = terminal.copy()
     if task.domain == "adroit":
-        if not np.isin(rewards, (-1, 0)).all():
-            raise BadInput("A binary Adroit dataset has the rewards -1 and, on success, 0: this one has others.")
         terminal = rewards == 0  # Cal-QL: done on every successful step
+        if not np.isin(rewards, (-1, 0)).all() or not terminal.any():
+            raise BadInput("A binary Adroit dataset has the reward -1 and, on success, 0; this one has not.")
     if task.domain == "kitchen":
         terminal = rewards >= 4  # the environment here ends when all four are solved, and only then
         end |= terminal
@@ -380,8 +356,6 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
     keep = np.ones(n, bool)
     if task.domain == "adroit":  # Cal-QL: only episodes with a success, each cut after its last one
         keep = np.arange(n) <= np.maximum.reduceat(np.where(terminal, np.arange(n), -1), starts)[episode]
-        if not keep.any():
-            raise BadInput("No episode of this dataset succeeds: a binary Adroit task needs some (reward 0).")
     total = np.maximum if task.domain == "kitchen" else np.add
     returns = total.reduceat(np.where(keep, rewards, 0), starts)
     scores = task.score(returns, np.maximum.reduceat(rewards, starts))
@@ -396,18 +370,15 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
     next_obs = np.where(unknown[:, None], obs, next_obs)  # of a terminal it is never used
     keep &= ~unknown | terminal
     actions = raw["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
-    columns = dict(
-        observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, terminals=terminal, w=w
-    )
-    data = {k: v[keep].astype(np.float32) for k, v in columns.items()}
+    columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs)
+    data = {k: v[keep].astype(np.float32) for k, v in (columns | dict(terminals=terminal, w=w)).items()}
     return data | dict(returns=returns[some], terminated=terminated[some], scores=scores)
 
 
 def summarize(data: dict[str, np.ndarray], rows: int, task: Task) -> str:
     r, quantiles = data["rewards"], np.quantile(data["returns"], (0, 0.25, 0.5, 0.75, 1))
-    cut = int((~data["terminated"]).sum())
     return f"""dataset: {len(r):,} transitions from {rows:,} rows, {len(data["returns"]):,} episodes
-  ends:    {int(data["terminals"].sum()):,} terminals, {cut:,} episodes cut by a time-out or the end of the file
+  ends:    {int(data["terminals"].sum()):,} terminals, {int((~data["terminated"]).sum()):,} episodes cut by time or file
   returns: mean {data["returns"].mean():.1f}, quantiles {" / ".join(f"{q:.0f}" for q in quantiles)}
   rewards: {r.min():.3g} to {r.max():.3g}, in training {task.scale:g} r {task.bias:+g}
   actions: {100 * (np.abs(data["actions"]) > 0.999).mean():.1f} % on the bounds"""
@@ -450,23 +421,21 @@ class Replay:
 
 # ==== shared: environment
 def observation(task: Task, obs) -> np.ndarray:
-    """The networks' observation from an environment's or a dataset's. Kitchen: joint and object positions, the 30 numbers
-    that D4RL's 60 (they append the constant goal) and FrankaKitchen-v1's 59 (they mix in velocities) have in common.
-    Ant: D4RL's 111 without the 84 contact forces."""
+    """The networks' observation from an environment's or a dataset's. Kitchen: joint and object positions, the 30
+    numbers that D4RL's 60 (they append the constant goal) and FrankaKitchen-v1's 59 (they mix in velocities) have in
+    common. Ant: D4RL's 111 without the 84 contact forces."""
     obs = obs["observation"] if isinstance(obs, dict) else np.asarray(obs)
-    kitchen, size = task.domain == "kitchen", obs.shape[-1] if obs.ndim else 0
-    if kitchen and size == 59:
+    kind = (task.env_id, obs.shape[-1] if obs.ndim else 0)
+    if kind == ("FrankaKitchen-v1", 59):
         return np.concatenate([obs[..., :9], obs[..., 18:39]], -1)
-    return (
-        obs[..., :30] if kitchen and size == 60 else obs[..., :27] if task.env_id == "Ant-v5" and size == 111 else obs
-    )
+    return obs[..., : {("FrankaKitchen-v1", 60): 30, ("Ant-v5", 111): 27}.get(kind)]
 
 
 class TaskEnv(gym.Wrapper):
-    """The task's environment with the dataset's observations, raw rewards and ends of episodes. adroit: reward success - 1,
-    and a success ends the episode (Cal-QL). kitchen: reward is the number of subtasks solved so far, as in D4RL's files
-    (the environment itself pays each once), and the fourth ends the episode. Its state is the episode's seed and actions:
-    loading it replays them, and the environment stands exactly where it stood."""
+    """The task's environment with the dataset's observations, raw rewards and ends of episodes. adroit: reward success
+    - 1, and a success ends the episode (Cal-QL). kitchen: reward is the number of subtasks solved so far, as in D4RL's
+    files (the environment itself pays each once), and the fourth ends the episode. Its state is the episode's seed and
+    actions: loading it replays them, and the environment stands exactly where it stood."""
 
     def __init__(self, task: Task, **kwargs):
         import gymnasium_robotics
@@ -488,7 +457,7 @@ class TaskEnv(gym.Wrapper):
         if self.task.domain == "adroit":
             reward, terminated = float(info["success"]) - 1, terminated or info["success"]
         if self.task.domain == "kitchen":
-            reward = float(len(info["episode_task_completions"]))
+            reward = len(info["episode_task_completions"])
             terminated = reward >= 4
         return self.obs, float(reward), bool(terminated), bool(truncated), info
 
@@ -511,8 +480,8 @@ def episode_seed(seed: int, stream: int, episode: int) -> int:
 # ==== shared: evaluation
 @torch.no_grad()
 def evaluate(policy: nn.Module, envs: list[TaskEnv], seeds: list[int]) -> list[tuple[float, int, float]]:
-    """(raw return, length, last reward) of one episode an environment, with the deterministic policy and one policy call
-    for all that still run. Draws nothing from the training's random numbers."""
+    """(raw return, length, last reward) of one episode an environment, with the deterministic policy and one policy
+    call for all that still run. Draws nothing from the training's random numbers."""
     device = next(policy.parameters()).device
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
     results, running = [(0.0, 0, 0.0)] * len(envs), list(range(len(envs)))
@@ -594,16 +563,17 @@ class Critics(Normalized):
         self.biases = nn.ParameterList(torch.zeros(n, 1, o) for o in sizes[1:])
         self.act_dim, self.tanh = act_dim, activation == "tanh"
 
-    def layers(self, s: Tensor, a: Tensor) -> list[Tensor]:
-        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(self.weights[0]), -1, -1), []
+    def layers(self, s: Tensor, a: Tensor, members=slice(None)) -> list[Tensor]:
+        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(self.weights[0][members]), -1, -1), []
         for W, b in zip(self.weights[:-1], self.biases[:-1]):
-            h = torch.baddbmm(b, h, W.mT)
+            h = torch.baddbmm(b[members], h, W[members].mT)
             hidden.append(h := torch.tanh(h) if self.tanh else torch.relu(h))
         return hidden
 
-    def forward(self, s: Tensor, a: Tensor) -> Tensor:
-        """(B, o), (B, a) -> (N, B)."""
-        return (self.layers(s, a)[-1] * self.weights[-1]).sum(-1) + self.biases[-1].squeeze(-1)
+    def forward(self, s: Tensor, a: Tensor, members=slice(None)) -> Tensor:
+        """(B, o), (B, a) -> (N, B), or fewer rows where only some members are asked."""
+        h = self.layers(s, a, members)[-1]
+        return (h * self.weights[-1][members]).sum(-1) + self.biases[-1][members].squeeze(-1)
 
     def action_gradient(self, s: Tensor, a: Tensor) -> Tensor:
         """grad_a Q_i(s, a) (N, B, a) by the chain rule, written out: its own gradient then takes one backward pass."""
@@ -764,7 +734,7 @@ class Updates:
         else:
             a_next, log_prob = agent.policy.sample(s_next)
         pair = torch.rand(args.num_critics, device=r.device).argsort()[:2]
-        q_next = agent.critic_target(s_next, a_next)[pair].min(0).values
+        q_next = agent.critic_target(s_next, a_next, pair).min(0).values
         if args.backup_entropy and not td3:
             q_next = q_next - agent.log_temperature.exp() * log_prob
         return r.squeeze(1) + args.gamma * (1 - terminal.squeeze(1)) * q_next
@@ -848,13 +818,6 @@ class Updates:
 
 # ==== shared: run folder
 FORMAT = "smac-checkpoint-1"  # docs/checkpoint.md
-
-
-def read_config(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{folder}: not a run folder of these scripts, config.json cannot be read ({e}).") from e
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -949,7 +912,7 @@ class Run:
                 self.save("last.pt", self.state)
             if self.signal is not None:
                 command = f"python {Path(sys.argv[0]).name} --resume {self.path}"
-                raise Stopped(f"Stopped after {phase} step {self.step + 1}. To go on: {command}", 128 + self.signal)
+                raise BadInput(f"Stopped after {phase} step {self.step + 1}. To go on: {command}", 128 + self.signal)
             if ended:
                 break
         self.bar.close()
@@ -975,7 +938,7 @@ class Run:
         values = {k: float(v) for k, v in metrics.items()}
         if bad := [k for k, v in values.items() if not math.isfinite(v)]:
             good = f"the last good state is {self.path}/last.pt"
-            raise Stopped(
+            raise BadInput(
                 f"{', '.join(bad)} not finite at {self.phase} step {self.step + 1}: lower a learning rate; {good}", 1
             )
         values |= {f"seconds/{k}": v for k, v in self.seconds.items()}
@@ -1166,11 +1129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stop:
-        print(stop.args[0], file=sys.stderr)
-        sys.exit(stop.args[1])
+    main()
