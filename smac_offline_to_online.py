@@ -126,8 +126,8 @@ class OnlineFlags:
 GROUPS = dict(run=RunFlags, score=ScoreFlags, offline=OfflineFlags, online=OnlineFlags)
 Flags = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
 
-# Rows of other defaults. adroit, kitchen: paper, Tables 6 and 7. hopper-embedded: ours, the method at a size for two CPU
-# cores (docs/smac.md). from-scratch, with --offline-steps 0: SAC's own (softlearning).
+# Rows of other defaults. adroit, kitchen: paper, Tables 6 and 7. hopper-embedded: ours, the method at a size for two
+# CPU cores (docs/smac.md). from-scratch, with --offline-steps 0: SAC's own (softlearning).
 ROWS = {
     "adroit": dict(score_steps=3_000_000, score_batch_size=1024, score_blocks=5, score_condition_hidden=(256,) * 3)
     | dict(critic_hidden=(512,) * 4, policy_hidden=(256,) * 3, offline_steps=200_000)
@@ -164,15 +164,13 @@ def parse_flags() -> SimpleNamespace:
         if given.init_from is not None:  # a checkpoint brings the shape of its networks
             row |= {k: v for k, v in read_checkpoint(given.init_from)["args"].items() if k in NETWORK_FLAGS}
     groups = [group() for group in GROUPS.values()]
-    for group, f in ((group, f) for group in groups for f in fields(group) if row.get(f.name) is not None):
+    for group, f in [(g, f) for g in groups for f in fields(g) if row.get(f.name) is not None]:
         value = Path(row[f.name]) if "Path" in str(f.type) else row[f.name]
         setattr(group, f.name, tuple(value) if isinstance(value, list) else value)
     flags = tyro.cli(Flags, default=Flags(*groups), description=(__doc__ or "").split("\n\n")[0])
     args = SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
-    counts = dict(
-        eval_every=1, eval_episodes=1, final_episodes=1, log_every=1, checkpoint_every=1, num_critics=1, utd=1
-    )
-    if low := [f"--{k.replace('_', '-')}" for k in counts if getattr(args, k) < 1]:
+    positive = ("eval_every", "eval_episodes", "final_episodes", "log_every", "checkpoint_every", "num_critics", "utd")
+    if low := [f"--{k.replace('_', '-')}" for k in positive if getattr(args, k) < 1]:
         raise BadInput(f"{', '.join(low)}: at least 1 is needed.")
     if args.online_batch_size % args.utd or not 0 <= args.offline_fraction <= 1:
         raise BadInput("--online-batch-size must be a multiple of --utd, and --offline-fraction lie between 0 and 1.")
@@ -194,7 +192,7 @@ class Task:
     env_kwargs: dict = field(default_factory=dict)
 
     def score(self, total, last):
-        """D4RL score of episodes with these raw returns and last rewards: 100 is an expert, a success, four subtasks."""
+        """D4RL score of episodes from raw returns and last rewards: 100 is an expert, a success, four subtasks."""
         if self.domain == "locomotion":
             return 100 * (np.asarray(total) - self.zero) / (self.hundred - self.zero)
         return 25.0 * np.asarray(last) if self.domain == "kitchen" else 100.0 * (np.asarray(last) == 0)
@@ -224,7 +222,7 @@ for name, file in KITCHEN.items():
 
 
 class BadInput(SystemExit):
-    """Ends the script with one sentence for the user. Code 2: wrong input, before any training; else the run is saved."""
+    """Ends the script with one sentence for the user. Code 2: wrong input, before any training; else it is saved."""
 
     def __init__(self, sentence: str, code: int = 2):
         super().__init__(sentence)
@@ -323,9 +321,9 @@ def check_dataset(raw: dict[str, np.ndarray], obs_dim: int, act_dim: int, name: 
 def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarray]:
     """Rows (s, a, r, s', terminal) and w from episodes. No row pairs a state with another episode's.
 
-    An episode ends at a terminal, a time-out, where the stored next state is not the following row's, and with the file.
+    An episode ends at a terminal, a time-out, where the stored next state is not the following row's, and at the end.
     Only a terminal stops bootstrapping. A row whose next state is unknown (the last before a cut, where the file has no
-    next_observations) is dropped; its reward still counts in w, the episode's raw return (kitchen: its solved subtasks),
+    next_observations) is dropped; its reward still counts in w, the episode's raw return (kitchen: solved subtasks),
     min-max normalised. Returns float32 observations, next_observations (n, o), actions (n, a), rewards, terminals, w
     (n,), and an entry an episode: returns, terminated (of those kept), scores (of all).
     """
@@ -385,7 +383,7 @@ def summarize(data: dict[str, np.ndarray], rows: int, task: Task) -> str:
 
 
 class Replay:
-    """Rows (s, a, training reward, s', terminal, cut) in one tensor: a batch is one gather. Full: the oldest go first."""
+    """Rows (s, a, training reward, s', terminal, cut) in one tensor: a batch is one gather. Full: oldest go first."""
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
         self.sizes = (obs_dim, act_dim, 1, obs_dim, 1, 1)
@@ -585,8 +583,8 @@ class Critics(Normalized):
 
 
 class ScoreModel(Normalized):
-    """Noise model eps(s, a, w, k): IDQL's LayerNorm residual network with SiLU (arXiv 2304.10573), sizes of Table 6, cosine
-    schedule (arXiv 2102.09672), dropout 0.1 while fitting (IDQL; the paper names none)."""
+    """Noise model eps(s, a, w, k): IDQL's LayerNorm residual network with SiLU (arXiv 2304.10573), sizes of Table 6,
+    cosine schedule (arXiv 2102.09672), dropout 0.1 while fitting (IDQL; the paper names none)."""
 
     K = 32  # noise levels (Table 6)
 
@@ -607,7 +605,7 @@ class ScoreModel(Normalized):
         self.blocks = nn.ModuleList(nn.Sequential(*(m() for m in block)) for _ in range(args.score_blocks))
 
     def forward(self, s: Tensor, a: Tensor, w: Tensor, k: Tensor) -> Tensor:
-        """Noise estimate (B, a) for noised actions a (B, a) at levels k (B,) in 1..K, states s (B, o), returns w (B,)."""
+        """Noise estimate (B, a) for states s (B, o), noised actions a (B, a), returns w (B,), levels k (B,) in 1..K."""
         condition = self.condition(torch.cat([self.normalize(s), w[:, None]], -1))
         h = self.inlet(torch.cat([a, condition, self.time(self.positions[k - 1])], -1))
         for block in self.blocks:
@@ -615,7 +613,7 @@ class ScoreModel(Normalized):
         return self.outlet(h)
 
     def score(self, s: Tensor, a: Tensor) -> Tensor:
-        """-eps(s, a, w=1, k=1) = sigma_1 grad_a log p(a | s, w=1), (B, a): the score in units of its noise, of order 1."""
+        """-eps(s, a, w=1, k=1) = sigma_1 grad_a log p(a | s, w=1), (B, a): the score in units of its noise."""
         one = torch.ones(len(s), device=s.device)
         with torch.autocast(s.device.type, torch.bfloat16, enabled=bf16_is_fast(s.device)):
             return -self(s, a, one, one.long()).float()
@@ -660,8 +658,8 @@ def td_loss(q: Tensor, y: Tensor) -> Tensor:
 
 
 def score_matching_loss(action_gradient: Tensor, score: Tensor, alpha: Tensor) -> Tensor:
-    """L_SM = E || grad_a Q_i(s, a) - alpha score(s, a) ||^2, a sum over action dimensions, a mean over members and batch
-    (paper, 6.2). action_gradient (N, B, a), score (B, a), alpha () or (B, 1)."""
+    """L_SM = E || grad_a Q_i(s, a) - alpha score(s, a) ||^2, a sum over action dimensions, a mean over members and
+    batch (paper, 6.2). action_gradient (N, B, a), score (B, a), alpha () or (B, 1)."""
     return (action_gradient - alpha * score).square().sum(-1).mean()
 
 
@@ -676,8 +674,8 @@ def temperature_loss(log_temperature: Tensor, log_prob: Tensor, target_entropy: 
 
 
 def td3_policy_loss(q: Tensor, a_pi: Tensor, a: Tensor, bc_weight: float) -> Tensor:
-    """TD3: -E min_i Q_i. TD3+BC (bc_weight > 0): -Q / mean |Q| + bc_weight (pi(s) - a)^2, the scale without gradient, the
-    square a mean over dimensions (arXiv 2106.06860; their alpha = 2.5 is bc_weight 0.4)."""
+    """TD3: -E min_i Q_i. TD3+BC (bc_weight > 0): -Q / mean |Q| + bc_weight (pi(s) - a)^2, the scale without gradient,
+    the square a mean over dimensions (arXiv 2106.06860; their alpha = 2.5 is bc_weight 0.4)."""
     q = q.min(0).values
     return -q.mean() / q.abs().mean().detach() + bc_weight * (a_pi - a).square().mean() if bc_weight > 0 else -q.mean()
 
@@ -726,7 +724,7 @@ class Updates:
 
     @torch.no_grad()
     def td_target(self, r: Tensor, s_next: Tensor, terminal: Tensor, td3: bool) -> Tensor:
-        """y = r + gamma (1 - terminal) min_i Q'_i(s', a') over two members, drawn anew each time (REDQ). r (B, 1) -> (B,)."""
+        """y = r + gamma (1 - terminal) min_i Q'_i(s', a') over two random members (REDQ), (B,)."""
         agent, args = self.agent, self.args
         if td3:  # target policy smoothing (arXiv 1802.09477)
             a_next = agent.policy_target.mode(s_next)
@@ -807,13 +805,12 @@ class Updates:
 
     @torch.no_grad()
     def identity(self, rows: Tensor) -> dict[str, Tensor]:
-        """Cosine between grad_a Q, a mean over members, and the score on data, policy and uniform actions (Appendix F)."""
+        """Cosine between grad_a Q, a mean over members, and the score on data, policy and uniform actions (App. F)."""
         s, a, *_ = rows.split(self.sizes, 1)
         actions = dict(data=a, policy=self.agent.policy.sample(s)[0], uniform=2 * torch.rand_like(a) - 1)
         q_gradient = {k: self.agent.critic.action_gradient(s, b).mean(0) for k, b in actions.items()}
-        return {
-            f"cosine_{k}": F.cosine_similarity(q_gradient[k], self.model.score(s, b)).mean() for k, b in actions.items()
-        }
+        score = {k: self.model.score(s, b) for k, b in actions.items()}
+        return {f"cosine_{k}": F.cosine_similarity(q_gradient[k], score[k]).mean() for k in actions}
 
 
 # ==== shared: run folder
@@ -823,11 +820,11 @@ FORMAT = "smac-checkpoint-1"  # docs/checkpoint.md
 def read_checkpoint(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError(f"its format is {state['format']}, not {FORMAT}")
+        return state
     except Exception as e:  # torch lets through whatever unpickling raises
-        raise BadInput(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {e}).") from e
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise BadInput(f"{path}: not a checkpoint of these scripts (its format is not {FORMAT}).")
-    return state
+        raise BadInput(f"{path}: not a checkpoint of these scripts ({type(e).__name__}: {e}).") from e
 
 
 def git_commit() -> str:
@@ -837,25 +834,24 @@ def git_commit() -> str:
 
 
 class Run:
-    """A run's folder: config.json, the script, metrics.csv, evaluations.csv, TensorBoard, checkpoints. `steps` walks a phase
-    and goes on inside it after a resume. last.pt holds the state_dict of everything in `state`."""
+    """A run's folder: config.json, the script, metrics.csv, evaluations.csv, TensorBoard, checkpoints. `steps` walks a
+    phase and goes on inside it after a resume. last.pt holds the state_dict of everything in `state`."""
 
     def __init__(self, args: SimpleNamespace, algorithm: str, state: dict, device: torch.device):
         from torch.utils.tensorboard import SummaryWriter
 
         self.args, self.state, self.device = args, state, device
-        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | {
-            "algorithm": algorithm
-        }
+        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | dict(
+            algorithm=algorithm
+        )
         self.position, self.evaluations, self.seconds = {}, [], {}  # steps done a phase; (phase, step, score); clocks
         self.signal, self.ended = None, False  # asked to stop by a signal; asked to leave the phase
-        name = f"{args.task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = args.resume or next(
-            p for i in range(10**6) if not (p := args.runs_dir / f"{name}{i or ''}").exists()
-        )
         if args.resume is not None:
+            self.path = args.resume
             self.resume()
         else:
+            name = args.runs_dir / f"{args.task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+            self.path = next(p for i in range(10**6) if not (p := name.with_name(f"{name.name}{i or ''}")).exists())
             self.path.mkdir(parents=True)
             about = dict(command=sys.argv, git_commit=git_commit(), torch=torch.__version__)
             (self.path / "config.json").write_text(json.dumps(self.config | about, indent=1))
@@ -879,9 +875,7 @@ class Run:
             for name, thing in self.state.items():
                 thing.load_state_dict(saved[name])
         except (KeyError, RuntimeError, ValueError) as e:
-            raise BadInput(
-                f"{self.path}/last.pt does not fit the flags: resume without changing the networks ({e})."
-            ) from e
+            raise BadInput(f"{self.path}/last.pt does not fit: resume with the run's own flags ({e}).") from e
         self.position, self.evaluations, self.seconds = saved["position"], saved["evaluations"], saved["seconds"]
         for name, size in saved["sizes"].items():  # drop what was written after the checkpoint
             os.truncate(self.path / name, size)
@@ -899,10 +893,9 @@ class Run:
         return sum(self.position.values())
 
     def steps(self, phase: str, n: int):
-        """Yields the phase's remaining steps. After each: a checkpoint where one is due, and a stop where one was asked."""
-        start = self.position.get(phase, 0)
-        interval = 0.5 if sys.stderr.isatty() else 60
-        self.phase, self.bar = phase, tqdm(total=n, initial=start, desc=phase, mininterval=interval, disable=start >= n)
+        """Yields the phase's remaining steps. After each: a checkpoint where one is due, and a stop where asked for."""
+        start, every = self.position.get(phase, 0), 0.5 if sys.stderr.isatty() else 60
+        self.phase, self.bar = phase, tqdm(total=n, initial=start, desc=phase, mininterval=every, disable=start >= n)
         for self.step in range(start, n):
             yield self.step
             self.position[phase] = self.step + 1
@@ -911,8 +904,8 @@ class Run:
             if ended or self.signal is not None or self.due(self.args.checkpoint_every):
                 self.save("last.pt", self.state)
             if self.signal is not None:
-                command = f"python {Path(sys.argv[0]).name} --resume {self.path}"
-                raise BadInput(f"Stopped after {phase} step {self.step + 1}. To go on: {command}", 128 + self.signal)
+                again = f"python {Path(sys.argv[0]).name} --resume {self.path}"
+                raise BadInput(f"Stopped after {phase} step {self.step + 1}. To go on: {again}", 128 + self.signal)
             if ended:
                 break
         self.bar.close()
@@ -937,10 +930,8 @@ class Run:
     def log(self, metrics: dict, *show: str) -> None:
         values = {k: float(v) for k, v in metrics.items()}
         if bad := [k for k, v in values.items() if not math.isfinite(v)]:
-            good = f"the last good state is {self.path}/last.pt"
-            raise BadInput(
-                f"{', '.join(bad)} not finite at {self.phase} step {self.step + 1}: lower a learning rate; {good}", 1
-            )
+            where = f"{', '.join(bad)} not finite at {self.phase} step {self.step + 1}"
+            raise BadInput(f"{where}: lower a learning rate; the last good state is {self.path}/last.pt", 1)
         values |= {f"seconds/{k}": v for k, v in self.seconds.items()}
         with self.writing("metrics.csv") as path, open(path, "a") as f:
             f.writelines(f"{self.step + 1},{self.phase},{k},{v:.9g}\n" for k, v in values.items())
@@ -960,53 +951,44 @@ class Run:
             path.with_suffix(".tmp").write_bytes(whole.getbuffer())
             os.replace(path.with_suffix(".tmp"), path)
 
-    def evaluate(
-        self, phase: str, step: int, policy: nn.Module, envs: list[TaskEnv], stream: int = EVALUATION
-    ) -> float:
+    def evaluate(self, phase: str, step: int, policy: nn.Module, envs: list, stream: int = EVALUATION) -> float:
         """The mean score over one episode an environment; every episode goes to evaluations.csv."""
         with self.clock("evaluation"):
             results = evaluate(policy, envs, [episode_seed(self.args.seed, stream, i) for i in range(len(envs))])
         scores = [float(envs[0].task.score(total, last)) for total, _, last in results]
+        score = float(np.mean(scores))
         with self.writing("evaluations.csv") as path, open(path, "a") as f:
             rows = enumerate(zip(results, scores))
-            f.writelines(f"{step},{phase},{i},{r:.9g},{n},{score:.6g}\n" for i, ((r, n, _), score) in rows)
-            self.tensorboard.add_scalar(f"{phase}/score", np.mean(scores), self.total)
-        self.evaluations.append((phase, step, float(np.mean(scores))))
-        tqdm.write(f"{phase:>8} {step:>9,}  score {np.mean(scores):6.1f}  ({min(scores):.1f} to {max(scores):.1f})")
-        return self.evaluations[-1][-1]
+            f.writelines(f"{step},{phase},{i},{r:.9g},{n},{x:.6g}\n" for i, ((r, n, _), x) in rows)
+            self.tensorboard.add_scalar(f"{phase}/score", score, self.total)
+        self.evaluations.append((phase, step, score))
+        tqdm.write(f"{phase:>8} {step:>9,}  score {score:6.1f}  ({min(scores):.1f} to {max(scores):.1f})")
+        return score
 
     def report(self, dataset_score: float | None) -> None:
-        """curve.png, and the run in a few lines. Early: the first fifth of the online steps after the warm start. Regret:
-        the mean over the online evaluations of the run's best score minus theirs."""
+        """curve.png, and the run in a few lines. Early: the first fifth of the online steps after the warm start.
+        Regret: the mean over the online evaluations of the run's best score minus theirs."""
         import matplotlib.pyplot as plt
 
         plt.switch_backend("Agg")
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        curves = {
-            phase: [(s, x) for p, s, x in self.evaluations if p == phase] for phase in ("offline", "online", "final")
-        }
-        lines, hand_over = {} if dataset_score is None else {"dataset, mean episode": dataset_score}, 0
-        for value, label in ((v, k) for k, v in lines.items()):
-            axes.axhline(value, color="gray", linestyle=":", label=label)
-        if curves["offline"]:
-            hand_over = curves["offline"][-1][0]
-            axes.plot(*zip(*curves["offline"]), ".-", label="offline pretraining")
-            axes.axvline(hand_over, color="black", linewidth=0.8, linestyle="--", label="hand-over")
-        if curves["online"]:
-            axes.plot(
-                [hand_over + s for s, _ in curves["online"]], [x for _, x in curves["online"]], ".-", label="online"
-            )
-            scores, warm = [x for _, x in curves["online"]], self.args.warmup_steps
-            early = [x for s, x in curves["online"] if s <= warm + 0.2 * (self.args.online_steps - warm)]
-            lines |= {
-                "at transfer": scores[0],
-                "worst early online": min(early),
-                "last": scores[-1],
-                "best": max(scores),
-            }
-            lines |= {"regret (mean of best - score)": max(scores) - float(np.mean(scores))}
-        lines[f"final, {self.args.final_episodes} new episodes"] = curves["final"][-1][1]
-        axes.set(xlabel="updates offline, then environment steps", ylabel="D4RL score", title=self.path.name)
+        lines, start = {}, 0
+        if dataset_score is not None:
+            lines["dataset, mean episode"] = dataset_score
+            axes.axhline(dataset_score, color="gray", linestyle=":", label="dataset, mean episode")
+        for phase in ("offline", "online"):
+            curve = [(start + step, score) for p, step, score in self.evaluations if p == phase]
+            if curve:
+                axes.plot(*zip(*curve), ".-", label=phase)
+                axes.axvline(start, color="black", linewidth=0.8, linestyle="--") if start else None
+                start = curve[-1][0]
+        if online := [(step, score) for phase, step, score in self.evaluations if phase == "online"]:
+            scores, warm = [score for _, score in online], self.args.warmup_steps
+            early = [score for step, score in online if step <= warm + 0.2 * (self.args.online_steps - warm)]
+            lines |= {"at transfer": scores[0], "worst early online": min(early), "last": scores[-1]}
+            lines |= {"best": max(scores), "regret (mean of best - score)": max(scores) - float(np.mean(scores))}
+        lines[f"final, {self.args.final_episodes} new episodes"] = self.evaluations[-1][2]
+        axes.set(xlabel="offline updates, then environment steps", ylabel="D4RL score", title=self.path.name)
         axes.grid(alpha=0.3), axes.legend()
         with self.writing("curve.png") as path:
             figure.savefig(path, dpi=150)
