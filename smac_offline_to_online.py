@@ -60,7 +60,7 @@ class RunFlags:
     device: str = "auto"  # auto: cuda where there is one; else cpu, cuda:1, ...
     torch_threads: int = 1  # CPU threads. Matrices this small gain little from more: better start one run a core
     compile: bool = (
-        False  # compile whole update steps: a minute at the start, CUDA graphs on a GPU; needs a C++ compiler
+        False  # compile the update steps (a minute at the start; CUDA graphs on a GPU); needs a C++ compiler
     )
     checkpoint_every: int = 10_000  # steps between checkpoints; one more at a phase's end, on Ctrl-C and on SIGTERM
     log_every: int = 500  # steps between rows of metrics.csv and TensorBoard
@@ -75,7 +75,7 @@ class RunFlags:
 @dataclass
 class ScoreFlags:
     score_steps: int = 1_000_000  # training steps of the diffusion model
-    score_batch_size: int = 512
+    score_batch_size: int = 512  # transitions
     score_lr: float = 3e-4  # Adam, cosine decay to 0 (IDQL, CleanDiffuser; the paper names none)
     score_hidden: int = 512  # width of the residual trunk; its blocks are four times as wide inside
     score_blocks: int = 3  # residual blocks
@@ -86,22 +86,20 @@ class ScoreFlags:
 @dataclass
 class OfflineFlags:
     offline_steps: int = 250_000  # score-matched updates; 0: no dataset, the online algorithm from scratch
-    offline_batch_size: int = 64
-    num_critics: int = 10
-    critic_hidden: tuple[int, ...] = (512, 512, 512)
-    critic_activation: Literal["tanh", "relu"] = "tanh"
-    policy_hidden: tuple[int, ...] = (512, 512, 512)
+    offline_batch_size: int = 64  # transitions
+    num_critics: int = 10  # ensemble; targets take the minimum of two members, the policy that of all
+    critic_hidden: tuple[int, ...] = (512, 512, 512)  # hidden layers
+    critic_activation: Literal["tanh", "relu"] = "tanh"  # of the hidden layers
+    policy_hidden: tuple[int, ...] = (512, 512, 512)  # hidden layers, relu
     normalize_observations: bool = False  # by the dataset's mean and deviation, in policy and critics (WSRL does not)
-    critic_lr: float = 3e-4
-    policy_lr: float = 1e-4
+    critic_lr: float = 3e-4  # of Muon and Adam alike
+    policy_lr: float = 1e-4  # of Muon and Adam alike
     temperature_lr: float = 1e-4  # Adam on the log temperature (WSRL; the paper names none)
     target_entropy_scale: float = -10.0  # target entropy per action dimension
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the target critics
     kappa: float = 40.0  # weight of the score-matching loss
-    alpha_mode: Literal["scaled", "fixed", "learned"] = (
-        "scaled"  # alpha_scale x mean |Q|; alpha_scale; paper's alpha(s)
-    )
+    alpha_mode: Literal["scaled", "fixed", "learned"] = "scaled"  # alpha_scale E|Q|; alpha_scale; the paper's alpha(s)
     alpha_scale: float = 0.015  # see alpha_mode (ours, measured in docs/smac.md)
     score_sign: Literal["minus", "plus"] = "minus"  # Q's gradient follows -eps, along the score; plus: as printed
     optimizer: Literal["muon", "adam"] = "muon"  # muon: hidden matrices of critics and policy on Muon, the rest on Adam
@@ -113,7 +111,7 @@ class OnlineFlags:
     online_algorithm: Literal["sac", "td3", "td3+bc", "awr", "none"] = "sac"  # what goes on training the networks
     online_steps: int = 200_000  # environment steps, warm start included (paper, 4.2)
     warmup_steps: int = 5_000  # first online steps: the pretrained policy collects, nothing is updated (paper, 4.2)
-    online_batch_size: int = 1024
+    online_batch_size: int = 1024  # transitions, from dataset and replay
     offline_fraction: float = 0.5  # share of each online batch that comes from the dataset (paper, 4.2)
     utd: int = 1  # critic updates a step, each on online_batch_size / utd rows; one policy update on all of them
     backup_entropy: bool = False  # SAC's entropy bonus in the TD target (the paper's L_AC has none)
@@ -1075,17 +1073,20 @@ def main() -> None:
         if step == 0:
             run.evaluate("online", 0, agent.policy, eval_envs)
         with run.clock("environment"):
-            obs, exploring = env.obs, updates.is_td3 and step >= args.warmup_steps
-            action = updates.act(torch.as_tensor(obs, device=device)[None], exploring)[0].cpu().numpy()
-            if from_scratch and step < args.warmup_steps:
-                action = torch.rand(act_dim).mul(2).sub(1).numpy()
+            obs, warm = env.obs, step >= args.warmup_steps
+            if from_scratch and not warm:
+                action = 2 * torch.rand(act_dim).numpy() - 1
+            else:
+                action = (
+                    updates.act(torch.as_tensor(obs, device=device)[None], updates.is_td3 and warm)[0].cpu().numpy()
+                )
             next_obs, reward, terminated, truncated, _ = env.step(action)
             # easy to overlook: a time-out is no terminal, and s' is this episode's last state, not the next one's first
             r, cut = task.scale * reward + task.bias, truncated and not terminated
             replay.add(obs, action, r, next_obs, terminated, cut)
             if terminated or truncated:
                 env.reset(seed=episode_seed(args.seed, TRAINING, replay.added))
-        if step >= args.warmup_steps:
+        if warm:
             with run.clock("update"):
                 rows = replay.sample(args.online_batch_size - from_dataset)
                 if from_dataset > 0:  # shuffled, for utd > 1 cuts the batch into parts
