@@ -21,9 +21,10 @@ from torch.optim.adam import adam  # the function behind torch.optim.Adam
 # Keller Jordan's quintic, five times, after a division by the Frobenius norm: the reference, and torch.optim.Muon's.
 KELLER = ((3.4445, -4.7750, 2.0315),) * 5
 # Three odd quintics, each the best approximation of 1 on the interval that the one before leaves (Polar Express, Amsel
-# et al. 2025, arXiv 2505.16932), computed for singular values in [0.01, 1] by linear programming. They follow a division
-# by the Schatten-4 norm, which bounds the largest singular value about 3 times tighter than the Frobenius norm and costs
-# nothing: it is the norm of X X^T, which the first quintic needs. Three steps do what Jordan's five do (docs/smac.md).
+# et al. 2025, arXiv 2505.16932), computed for singular values in [0.01, 1] by linear programming. They follow a
+# division by the Schatten-4 norm, which bounds the largest singular value about 3 times tighter than the Frobenius norm
+# and costs nothing: it comes from X X^T, which the first quintic needs. Three steps do what Jordan's five do
+# (docs/smac.md).
 POLYNOMIAL = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 

@@ -59,9 +59,7 @@ class RunFlags:
     runs_dir: Path = Path("runs")  # where run folders are made
     device: str = "auto"  # auto: cuda where there is one; else cpu, cuda:1, ...
     torch_threads: int = 1  # CPU threads. Matrices this small gain little from more: better start one run a core
-    compile: bool = (
-        False  # compile the update steps (a minute at the start; CUDA graphs on a GPU); needs a C++ compiler
-    )
+    compile: bool = False  # compile the update steps (takes a minute; CUDA graphs on a GPU); needs a C++ compiler
     checkpoint_every: int = 10_000  # steps between checkpoints; one more at a phase's end, on Ctrl-C and on SIGTERM
     log_every: int = 500  # steps between rows of metrics.csv and TensorBoard
     eval_every: int = 10_000  # steps between evaluations, offline and online
@@ -132,10 +130,10 @@ ROWS = {
     | dict(awr_temperature=20.0, bc_weight=0.2),
     "kitchen": dict(score_steps=3_000_000, score_batch_size=1024, score_blocks=5, score_condition_hidden=(256,) * 3)
     | dict(critic_hidden=(512,) * 4, kappa=50.0, offline_steps=400_000, awr_temperature=5.0, bc_weight=2.0),
-    "hopper-embedded": dict(score_steps=12_000, score_batch_size=256, score_lr=1e-3, score_hidden=128, score_blocks=2)
-    | dict(score_condition_hidden=(128, 128), offline_steps=30_000, offline_batch_size=128, num_critics=4, kappa=1.0)
+    "hopper-embedded": dict(score_steps=10_000, score_batch_size=128, score_lr=1e-3, score_hidden=128, score_blocks=2)
+    | dict(score_condition_hidden=(128, 128), offline_steps=30_000, offline_batch_size=64, num_critics=4, kappa=1.0)
     | dict(critic_hidden=(128, 128), policy_hidden=(128, 128), policy_lr=3e-4, temperature_lr=1e-3, tau=0.01)
-    | dict(online_steps=25_000, warmup_steps=2_000, online_batch_size=256, eval_every=2_500, eval_episodes=10),
+    | dict(online_steps=20_000, warmup_steps=2_000, online_batch_size=128, eval_every=2_500, eval_episodes=10),
     "from-scratch": dict(num_critics=2, critic_hidden=(256, 256), critic_activation="relu", policy_hidden=(256, 256))
     | dict(policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0, backup_entropy=True, optimizer="adam")
     | dict(online_steps=1_000_000, online_batch_size=256, offline_fraction=0.0, eval_every=5_000, eval_episodes=10),
