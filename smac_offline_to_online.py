@@ -96,6 +96,7 @@ class OfflineFlags:
     target_entropy_scale: float = -10.0  # target entropy per action dimension
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the target critics
+    policy_average: float = 0.001  # rate of the policy's running average: what is evaluated and handed over (ours)
     kappa: float = 40.0  # weight of the score-matching loss
     alpha_mode: Literal["scaled", "fixed", "learned"] = "scaled"  # alpha_scale E|Q|; alpha_scale; the paper's alpha(s)
     alpha_scale: float = 0.015  # see alpha_mode (ours, measured in docs/smac.md)
@@ -139,6 +140,7 @@ ROWS = {
     | dict(online_steps=1_000_000, online_batch_size=256, offline_fraction=0.0, eval_every=5_000, eval_episodes=10),
 }
 NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "optimizer", "muon_scale")
+NETWORK_FLAGS += ("score_hidden", "score_blocks", "score_condition_hidden")
 
 
 def parse_flags() -> SimpleNamespace:
@@ -221,6 +223,7 @@ class BadInput(SystemExit):
     """Ends the script with one sentence for the user. Code 2: wrong input, before any training; else it is saved."""
 
     def __init__(self, sentence: str, code: int = 2):
+        sentence = " ".join(sentence.split())  # h5py's and torch's messages have several lines
         super().__init__(sentence)
         self.code = code
         print(f"error: {sentence}" if code == 2 else sentence, file=sys.stderr)
@@ -333,7 +336,6 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
             raise BadInput("A binary Adroit dataset has the reward -1 and, on success, 0; this one has not.")
     if task.domain == "kitchen":
         terminal = rewards >= 4  # the environment here ends when all four are solved, and only then
-        end |= terminal
     follows = np.zeros(n, bool)  # whether the stored next state is the following row's state
     if "next_observations" in raw:
         next_obs = raw["next_observations"].astype(np.float32)
@@ -348,6 +350,8 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
     episode, starts = np.r_[0, np.cumsum(end)[:-1]], np.flatnonzero(np.r_[True, end[:-1]])
 
     keep = np.ones(n, bool)
+    if task.domain == "kitchen":  # nothing follows the fourth subtask
+        keep = np.arange(n) <= np.minimum.reduceat(np.where(terminal, np.arange(n), n), starts)[episode]
     if task.domain == "adroit":  # Cal-QL: only episodes with a success, each cut after its last one
         keep = np.arange(n) <= np.maximum.reduceat(np.where(terminal, np.arange(n), -1), starts)[episode]
     total = np.maximum if task.domain == "kitchen" else np.add
@@ -622,7 +626,7 @@ class Agent(nn.Module):
         super().__init__()
         self.policy = Policy(obs_dim, act_dim, args.policy_hidden)
         self.critic = Critics(args.num_critics, obs_dim, act_dim, args.critic_hidden, args.critic_activation)
-        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)  # TD3 alone uses it
+        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)  # offline: its average; then TD3's
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))  # initial temperature 1 (SAC)
         self.alpha_net = mlp([obs_dim, 256, 256]).append(dense(256, 1))  # alpha_psi(s) (Table 7); --alpha-mode learned
@@ -767,6 +771,7 @@ class Updates:
         descend(loss, self.optimizers["critic"])
         metrics |= self.sac_policy(s)
         follow(agent.critic_target, agent.critic, args.tau)
+        follow(agent.policy_target, agent.policy, args.policy_average)
         return metrics
 
     def online(self, rows: Tensor, delayed: bool) -> dict[str, Tensor]:
@@ -931,12 +936,17 @@ class Run:
         values |= {f"seconds/{k}": v for k, v in self.seconds.items()}
         with self.writing("metrics.csv") as path, open(path, "a") as f:
             f.writelines(f"{self.step + 1},{self.phase},{k},{v:.9g}\n" for k, v in values.items())
+        with contextlib.suppress(OSError):  # a full disk again, seen later by TensorBoard's thread
             for k, v in values.items():
                 self.tensorboard.add_scalar(f"{self.phase}/{k}", v, self.total + 1)
         self.bar.set_postfix({k: f"{values[k]:.3g}" for k in show}, refresh=False)
 
     def save(self, name: str, parts: dict) -> None:
         """Write a checkpoint under a temporary name, then rename it: until then the one before stays."""
+        modules = [part for part in parts.values() if isinstance(part, nn.Module)]
+        if not all(p.isfinite().all() for module in modules for p in module.parameters()):
+            where = f"Weights not finite at {self.phase} step {self.step + 1}"
+            raise BadInput(f"{where}: lower a learning rate; the last good state is {self.path}/last.pt", 1)
         state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
         state |= dict(position=self.position, evaluations=self.evaluations)
         state["sizes"] = {f: (self.path / f).stat().st_size for f in ("metrics.csv", "evaluations.csv")}
@@ -956,6 +966,7 @@ class Run:
         with self.writing("evaluations.csv") as path, open(path, "a") as f:
             rows = enumerate(zip(results, scores))
             f.writelines(f"{step},{phase},{i},{r:.9g},{n},{x:.6g}\n" for i, ((r, n, _), x) in rows)
+        with contextlib.suppress(OSError):
             self.tensorboard.add_scalar(f"{phase}/score", score, self.total)
         self.evaluations.append((phase, step, score))
         tqdm.write(f"{phase:>8} {step:>9,}  score {score:6.1f}  ({min(scores):.1f} to {max(scores):.1f})")
@@ -988,6 +999,7 @@ class Run:
         axes.grid(alpha=0.3), axes.legend()
         with self.writing("curve.png") as path:
             figure.savefig(path, dpi=150)
+        plt.close(figure)
         print("\n".join(f"  {name:<32}{x:8.1f}" for name, x in lines.items()))
 
 
@@ -1034,8 +1046,11 @@ def main() -> None:
     networks = dict(agent=agent, score_model=average, **optimizers)
     if args.init_from is not None and args.resume is None:
         start = read_checkpoint(args.init_from)
-        for name in networks if start["args"]["algorithm"] == "smac" else ("agent",):
-            networks[name].load_state_dict(start[name])
+        try:
+            for name in networks if start["args"]["algorithm"] == "smac" else ("agent",):
+                networks[name].load_state_dict(start[name])
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise BadInput(f"{args.init_from} does not fit the task or the flags ({e}).") from e
     run = Run(args, "smac", networks | dict(model=model, fit=fit, replay=replay, env=env), device)
 
     # ---- phase 1: the score of the dataset's actions
@@ -1060,9 +1075,9 @@ def main() -> None:
         if run.due(args.log_every):
             run.log(metrics | updates.identity(dataset.sample(256)), "q", "cosine_data", "entropy")
         if run.due(args.eval_every):
-            run.evaluate("offline", step + 1, agent.policy, eval_envs)
+            run.evaluate("offline", step + 1, agent.policy_target, eval_envs)
         if step + 1 == args.offline_steps:
-            agent.policy_target.load_state_dict(agent.policy.state_dict())
+            agent.policy.load_state_dict(agent.policy_target.state_dict())
             run.save("offline.pt", networks)
 
     # ---- phase 3: a plain online algorithm
@@ -1070,6 +1085,7 @@ def main() -> None:
     for step in run.steps("online", 0 if args.online_algorithm == "none" else args.online_steps):
         if step == 0:
             run.evaluate("online", 0, agent.policy, eval_envs)
+            run.save("best.pt", networks)
         with run.clock("environment"):
             obs, warm = env.obs, step >= args.warmup_steps
             if from_scratch and not warm:

@@ -3,7 +3,7 @@
     python experiments/ablations.py --jobs 2                    # runs what is missing, prints the table
     python experiments/ablations.py --only default wrong-sign --seeds 0 1 2
 
-A finished run is kept: it is found again by its folder, runs_dir/<variant>/. The table goes to <runs_dir>/ablations.csv.
+A finished run is kept and found again by its folder, runs_dir/<variant>/. The table goes to <runs_dir>/ablations.csv.
 """
 
 import csv
@@ -79,7 +79,7 @@ def run(args: Args, variant: str, seed: int) -> None:
 
 
 def row(args: Args, variant: str) -> dict:
-    """Means over the seeds of the score at transfer, the worst early one, the last, and their lowest value at transfer."""
+    """Means over the seeds: score at transfer, the worst of the first quarter online, the last; each at transfer."""
     folder = args.runs_dir / variant.replace(" ", "-").replace("/", "")
     transfer, early, last = [], [], []
     for path in filter(None, (finished(folder, seed) for seed in args.seeds)):

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import h5py
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -67,23 +68,17 @@ def run_here(*given) -> Path:
         with mock.patch.object(sys, "argv", [str(SCRIPT), *map(str, given)]), contextlib.redirect_stdout(out):
             smac.main()
     finally:
+        plt.close("all")
         for number, handler in before.items():
             signal.signal(number, handler)
     return Path(re.search("^run folder: (.*)$", out.getvalue(), re.MULTILINE)[1])
 
 
-def start(*given, code: str | None = None) -> subprocess.Popen:
-    """The script in a process of its own; with `code`, that Python code in its place."""
-    program = ["-c", code] if code else [str(SCRIPT)]
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore", CUDA_VISIBLE_DEVICES="")
-    return subprocess.Popen(
-        [sys.executable, *program, *map(str, given)],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def start(*command) -> subprocess.Popen:
+    """`python command...` in the repository: the script in a process of its own, or ("-c", code, flags...)."""
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
+    words = [sys.executable, *map(str, command)]
+    return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

@@ -1,12 +1,13 @@
 """Which rows training sees, and which w and scores episodes get."""
 
 import dataclasses
+import re
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import hopper_file, write_hdf5
+from helpers import ROOT, hopper_file, write_hdf5
 
 import smac_offline_to_online as smac
 
@@ -15,18 +16,20 @@ HOPPER, DOOR, KITCHEN = (smac.TASKS[k] for k in ("hopper-embedded", "door-binary
 
 def episodes(*ends, next_observations=None, timeouts=True, rewards=None):
     """Rows of episodes (length, "terminal" | "timeout" | "open"). The state at step t of episode e is 100 e + t, so a
-    right next state is always one larger. next_observations: "true", or "shifted", the following row's as some files."""
+    right next state is always one larger. next_observations: "true", or "shifted", the following row's."""
     state = np.concatenate([100 * e + np.arange(n) for e, (n, _) in enumerate(ends, 1)]).astype(np.float32)
     last = np.cumsum([n for n, _ in ends]) - 1
-    flags = {kind: np.isin(np.arange(len(state)), last[[k == kind for _, k in ends]]) for kind in ("terminal", "timeout")}
+    kinds = np.full(len(state), "inside", object)
+    kinds[last] = [kind for _, kind in ends]
+    terminals, cuts = kinds == "terminal", kinds == "timeout"
     raw = dict(observations=np.stack([state, -state], 1), actions=np.linspace(-1, 1, len(state))[:, None])
-    raw |= dict(rewards=np.ones(len(state)) if rewards is None else np.array(rewards), terminals=flags["terminal"])
+    raw |= dict(rewards=np.ones(len(state)) if rewards is None else np.array(rewards), terminals=terminals)
     if timeouts:
-        raw["timeouts"] = flags["timeout"]
+        raw["timeouts"] = cuts
     if next_observations == "true":
         raw["next_observations"] = raw["observations"] + [[1, -1]]
     if next_observations == "shifted":
-        raw["next_observations"] = np.r_[raw["observations"][1:], raw["observations"][:1]]
+        raw["next_observations"] = np.r_[raw["observations"][1:], raw["observations"][-1:] + [[1, -1]]]
     return raw
 
 
@@ -133,10 +136,10 @@ def test_adroit_scores_count_the_failed_episodes():
     assert smac.to_transitions(raw, DOOR)["scores"].tolist() == [0, 100]
 
 
-@pytest.mark.parametrize("rewards, message", [([-1, 0.5], "-1 and"), ([-1, 1], "-1 and"), ([-1, -1], "succeeds")])
-def test_adroit_refuses_other_rewards_and_data_without_success(rewards, message):
-    with pytest.raises(smac.BadInput, match=message):
-        smac.to_transitions(episodes((2, "timeout"), rewards=rewards), DOOR)
+@pytest.mark.parametrize("rewards", [[-1, 0, 0.5], [0, 1], [-1, -1]])
+def test_adroit_refuses_other_rewards_and_data_without_success(rewards):
+    with pytest.raises(smac.BadInput, match="success"):
+        smac.to_transitions(episodes((len(rewards), "timeout"), rewards=rewards), DOOR)
 
 
 # ---- kitchen
@@ -185,6 +188,16 @@ def test_a_written_file_reads_back(tmp_path):
     assert raw.keys() == {"observations", "actions", "rewards", "terminals", "timeouts"}
     smac.check_dataset(raw, 11, 3, "a")
     assert len(smac.to_transitions(raw, HOPPER)["rewards"]) == len(raw["rewards"])  # Hopper falls: all are terminals
+
+
+def test_the_embedded_dataset_is_what_its_page_says():
+    raw, page = smac.read_dataset(HOPPER, None), (ROOT / "data" / "README.md").read_text()
+    smac.check_dataset(raw, 11, 3, "embedded")
+    data = smac.to_transitions(raw, HOPPER)
+    numbers = re.findall(r"(\d[\d,]*) (?:rows|episodes|terminals)", page)[:3]
+    found = len(raw["rewards"]), len(data["returns"]), int(data["terminals"].sum())
+    assert [f"{n:,}" for n in found] == numbers
+    assert data["scores"].max() > 5 * data["scores"].mean()  # mixed: there is something to gain
 
 
 def adroit_files(folder, first, second):
@@ -273,30 +286,30 @@ def test_minari_kitchen_rewards_become_a_running_count(tmp_path, monkeypatch):
 
 
 # ---- replay
+def filled(capacity, *states):
+    """A replay with a row for each of `states`, added one by one."""
+    replay = smac.Replay(capacity, 1, 1, torch.device("cpu"))
+    for x in states:
+        replay.add(*(np.full((1, 1), value) for value in (x, 0, 0, x + 1, 0, 0)))
+    return replay
+
+
 def test_replay_overwrites_its_oldest_rows_and_samples_only_what_it_holds():
-    replay = smac.Replay(5, 1, 1, torch.device("cpu"))
-    add = lambda *x: replay.add(np.array(x), *[np.zeros(len(x))] * 2, np.array(x) + 1, *[np.zeros(len(x))] * 2)  # noqa: E731
-    add(1.0, 2.0)
-    assert set(replay.sample(200)[:, 0].tolist()) == {1, 2}
-    add(3.0, 4.0)
-    add(5.0, 6.0, 7.0)
+    assert set(filled(5, 1, 2).sample(200)[:, 0].tolist()) == {1, 2}
+    replay = filled(5, 1, 2, 3, 4)
+    replay.add(*(np.array(column)[:, None] for column in ([5, 6, 7], [0] * 3, [0] * 3, [6, 7, 8], [0] * 3, [0] * 3)))
     sample = replay.sample(500)
     assert set(sample[:, 0].tolist()) == {3, 4, 5, 6, 7}
     assert (sample[:, 3] == sample[:, 0] + 1).all()
 
 
 def test_replay_state_dict_round_trip():
-    replay, other = (smac.Replay(6, 2, 1, torch.device("cpu")) for _ in range(2))
-    row = lambda x: (np.full((1, 2), x), np.full((1, 1), x), np.array([x]), np.full((1, 2), x), np.zeros(1), np.zeros(1))  # noqa: E731
-    for x in range(4):
-        replay.add(*row(x))
+    replay, other = filled(6, 1, 2, 3, 4), filled(6)
     state = replay.state_dict()
-    for x in range(4, 8):  # must not reach into the saved state
-        replay.add(*row(x))
+    replay.add(*(np.full((1, 1), 9) for _ in replay.sizes))  # must not reach into the saved state
     other.load_state_dict(state)
-    assert sorted(set(other.sample(300)[:, 0].tolist())) == [0, 1, 2, 3]
-    for x in range(4, 8):
-        other.add(*row(x))
+    assert set(other.sample(300)[:, 0].tolist()) == {1, 2, 3, 4}
+    other.add(*(np.full((1, 1), 9) for _ in replay.sizes))
     assert torch.equal(other.rows, replay.rows)
 
 

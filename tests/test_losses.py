@@ -66,8 +66,8 @@ def test_awr_weights_stop_at_100():
 def updates(q_target, log_prob=0.0, log_temperature=0.0, mode=0.0, **flags):
     """Updates around an agent that knows a single answer to everything; q_target (N,) or a function of the action."""
 
-    def critic_target(s, a):
-        return q_target(a) if callable(q_target) else tensor(q_target)[:, None].expand(-1, len(s))
+    def critic_target(s, a, members=slice(None)):
+        return (q_target(a) if callable(q_target) else tensor(q_target)[:, None].expand(-1, len(s)))[members]
 
     policy = SimpleNamespace(
         sample=lambda s: (torch.zeros(len(s), 1), torch.full((len(s),), float(log_prob))),
@@ -104,7 +104,10 @@ def test_td_target_takes_the_minimum_over_two_members_drawn_anew():
 
 def test_td3_target_action_has_clipped_noise_within_bounds():
     row = torch.zeros(2000, 1), torch.zeros(2000, 1), torch.zeros(2000, 1)
-    q_is_action = lambda a: a.squeeze(1).expand(2, -1)  # noqa: E731
+
+    def q_is_action(a):
+        return a.squeeze(1).expand(2, -1)
+
     middle = updates(q_is_action, gamma=1.0).td_target(*row, True)
     edge = updates(q_is_action, mode=0.9, gamma=1.0).td_target(*row, True)
     assert middle.abs().max() <= 0.5 and middle.std().item() == pytest.approx(0.2, abs=0.02)

@@ -85,18 +85,11 @@ def test_orthogonalize_keeps_singular_vectors_and_forgets_the_size():
     assert orthogonalize(torch.zeros(3, 2)).abs().max() == 0
 
 
-@pytest.mark.parametrize("shape", [(256, 17), (17, 256), (4, 128, 128), (256, 256)])
-def test_singular_values_lie_about_one(shape):
-    """Quantiles, for no polynomial of this degree lifts the smallest value of a square Gaussian matrix."""
-    values = singular_values(shape)
-    low, high = values.quantile(0.05), values.quantile(0.95)
-    assert 0.6 < low and high < 1.25
-
-
-@pytest.mark.parametrize("shape", [(256, 17), (4, 128, 128), (256, 256)])
-def test_the_default_polynomial_is_at_least_as_good_as_kellers(shape):
-    error, reference = ((singular_values(shape, p) - 1).abs().mean() for p in (POLYNOMIAL, KELLER))
-    assert error <= 1.001 * reference
+@pytest.mark.parametrize("shape", [(256, 17), (17, 256), (4, 128, 128), (256, 256), (512, 256)])
+def test_nineteen_of_twenty_singular_values_come_near_one(shape):
+    """At least as near as by Keller Jordan's five steps; the last ones of a square Gaussian matrix need more."""
+    error, reference = ((singular_values(shape, p) - 1).abs().quantile(0.95) for p in (POLYNOMIAL, KELLER))
+    assert error < 0.3 and error <= reference
 
 
 def test_the_gradient_stays_readable():
@@ -161,4 +154,4 @@ def test_bfloat16_is_used_where_it_is_fast_and_stays_inside(monkeypatch):
     monkeypatch.setattr(muon, "bf16_is_fast", lambda device: True)
     rough = orthogonalize(G)
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
-    torch.testing.assert_close(rough, exact, rtol=0, atol=0.05)
+    torch.testing.assert_close(rough, exact, rtol=0, atol=0.1)

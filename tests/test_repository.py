@@ -1,0 +1,81 @@
+"""The files agree with each other."""
+
+import importlib.util
+import itertools
+import re
+import shlex
+import sys
+import tomllib
+
+import pytest
+from helpers import ROOT, load, parse
+
+PAGES = sorted(p for folder in (".", "docs", "data", "experiments") for p in (ROOT / folder).glob("*.md"))
+SCRIPTS = sorted(p for p in ROOT.glob("*.py") if "# /// script" in p.read_text())
+README = ROOT / "README.md"
+
+
+def dependencies(script):
+    block = re.search(r"^# /// script\n(.*?)^# ///$", script.read_text(), re.MULTILINE | re.DOTALL)[1]
+    return tomllib.loads(re.sub("^# ?", "", block, flags=re.MULTILINE))
+
+
+def blocks(script):
+    """The text of each `# ==== shared: name` block, up to the next banner."""
+    parts = re.split(r"^# ==== (.*)$", script.read_text(), flags=re.MULTILINE)
+    return {title: text for title, text in zip(parts[1::2], parts[2::2]) if title.startswith("shared: ")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_a_scripts_dependencies_are_those_of_requirements_txt(script):
+    listed = [line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert sorted(dependencies(script)["dependencies"]) == sorted(x for x in listed if x and x[0] not in "#-")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_a_script_does_not_grow(script):
+    """A ceiling that is lowered whenever a script gets shorter; 800 lines is where it shall go."""
+    assert len(script.read_text().splitlines()) <= 1140
+
+
+def test_shared_blocks_are_identical_in_all_scripts():
+    assert blocks(ROOT / "smac_offline_to_online.py")
+    for one, other in itertools.combinations(SCRIPTS, 2):
+        ours, theirs = blocks(one), blocks(other)
+        for title in ours.keys() & theirs.keys():
+            assert ours[title] == theirs[title], f"{title}: {one.name} and {other.name} differ"
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
+def test_the_readmes_commands_exist():
+    commands = re.findall(r"^\s*(?:\$ )?python (\S+\.py.*)$", README.read_text(), re.MULTILINE)
+    assert commands
+    names = {f"--{name.replace('_', '-')}" for name in vars(parse())} | {"--help"}
+    for command in commands:
+        script, *words = shlex.split(command, comments=True)
+        assert (ROOT / script).is_file(), command
+        if script == "smac_offline_to_online.py":
+            assert {word.split("=")[0] for word in words if word.startswith("--")} <= names, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_between_files_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_page_on_checkpoints_names_what_is_in_them(reference):
+    text = (ROOT / "docs" / "checkpoint.md").read_text()
+    assert [key for key in load(reference / "last.pt") if f"`{key}`" not in text] == []
+    parts = {".".join(key.split(".")[:2]) for key in load(reference / "last.pt")["agent"]}
+    known = set(re.findall(r"`([a-z_]+(?:\.\w+)?)", text))
+    assert [part for part in parts if part not in known and part.split(".")[0] + ".*" not in text] == []
+
+
+def test_the_ablations_are_commands_of_the_script():
+    spec = importlib.util.spec_from_file_location("ablations", ROOT / "experiments" / "ablations.py")
+    ablations = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = ablations  # its dataclass asks for its module
+    spec.loader.exec_module(ablations)
+    for flags in ablations.VARIANTS.values():
+        parse(*flags)
