@@ -29,6 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from dataclasses import dataclass, field, fields, make_dataclass, replace
@@ -133,7 +134,8 @@ ROWS = {
     | dict(critic_hidden=(512,) * 4, kappa=50.0, offline_steps=400_000, awr_temperature=5.0, bc_weight=2.0),
     "hopper-embedded": dict(score_steps=10_000, score_batch_size=128, score_lr=1e-3, score_hidden=128, score_blocks=2)
     | dict(score_condition_hidden=(128, 128), offline_steps=30_000, offline_batch_size=64, num_critics=4, kappa=1.0)
-    | dict(critic_hidden=(128, 128), policy_hidden=(128, 128), policy_lr=3e-4, temperature_lr=1e-3, tau=0.01)
+    | dict(critic_hidden=(128, 128), policy_hidden=(128, 128), policy_lr=3e-4, temperature_lr=3e-4, tau=0.02)
+    | dict(critic_lr=1e-3, normalize_observations=True)
     | dict(online_steps=20_000, warmup_steps=2_000, online_batch_size=128, eval_every=2_500, eval_episodes=10),
     "from-scratch": dict(num_critics=2, critic_hidden=(256, 256), critic_activation="relu", policy_hidden=(256, 256))
     | dict(policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0, backup_entropy=True, optimizer="adam")
@@ -436,9 +438,10 @@ class TaskEnv(gym.Wrapper):
     actions: loading it replays them, and the environment stands exactly where it stood."""
 
     def __init__(self, task: Task, **kwargs):
-        import gymnasium_robotics
+        if task.domain != "locomotion":
+            import gymnasium_robotics
 
-        gym.register_envs(gymnasium_robotics)
+            gym.register_envs(gymnasium_robotics)
         super().__init__(gym.make(task.env_id, max_episode_steps=task.max_steps, **task.env_kwargs, **kwargs))
         self.task, self.seed, self.actions = task, 0, []
 
@@ -866,7 +869,8 @@ class Run:
         self.tensorboard = SummaryWriter(self.path, purge_step=self.total)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        print(f"run folder: {self.path}")
+        print(textwrap.fill(", ".join(f"{k} {v}" for k, v in self.config.items()), 110, initial_indent="flags: "))
+        print(f"run folder: {self.path}", flush=True)
 
     def resume(self) -> None:
         saved = read_checkpoint(self.path / "last.pt")
@@ -987,7 +991,7 @@ class Run:
             curve = [(start + step, score) for p, step, score in self.evaluations if p == phase]
             if curve:
                 axes.plot(*zip(*curve), ".-", label=phase)
-                axes.axvline(start, color="black", linewidth=0.8, linestyle="--") if start else None
+                axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="hand-over") if start else None
                 start = curve[-1][0]
         if online := [(step, score) for phase, step, score in self.evaluations if phase == "online"]:
             scores, warm = [score for _, score in online], self.args.warmup_steps
