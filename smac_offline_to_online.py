@@ -21,6 +21,7 @@ import contextlib
 import copy
 import difflib
 import http.client
+import importlib.util
 import io
 import json
 import math
@@ -68,7 +69,7 @@ class RunFlags:
     final_episodes: int = 50  # episodes of the last evaluation, from starts that no earlier one used
     save_replay: Path | None = None  # write all that the online phase collected to this file, in D4RL's layout
     track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_MODE=offline works)
-    capture_video: bool = False  # record an episode of the final policy (without a screen: MUJOCO_GL=egl or osmesa)
+    capture_video: bool = False  # film an episode of the final policy (needs moviepy; no screen: MUJOCO_GL=egl)
 
 
 @dataclass
@@ -172,6 +173,9 @@ def parse_flags() -> SimpleNamespace:
     positive = ("eval_every", "eval_episodes", "final_episodes", "log_every", "checkpoint_every", "num_critics", "utd")
     if low := [f"--{k.replace('_', '-')}" for k in positive if getattr(args, k) < 1]:
         raise BadInput(f"{', '.join(low)}: at least 1 is needed.")
+    for flag, package in dict(track="wandb", capture_video="moviepy").items():
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            raise BadInput(f"--{flag.replace('_', '-')} needs {package}: pip install {package}.")
     if args.online_batch_size % args.utd or not 0 <= args.offline_fraction <= 1:
         raise BadInput("--online-batch-size must be a multiple of --utd, and --offline-fraction lie between 0 and 1.")
     return args
@@ -1122,11 +1126,13 @@ def main() -> None:
     if args.save_replay is not None:
         about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=args.seed, env_id=task.env_id)
         replay.write(args.save_replay, task, **about)
+    run.report(dataset_score)
     if args.capture_video:
-        video = gym.wrappers.RecordVideo(TaskEnv(task, render_mode="rgb_array"), str(run.path), lambda episode: True)
+        video = gym.wrappers.RecordVideo(
+            TaskEnv(task, render_mode="rgb_array"), f"{run.path}/video", lambda episode: True
+        )
         evaluate(agent.policy, [video], [episode_seed(args.seed, FINAL, 0)])
         video.close()
-    run.report(dataset_score)
 
 
 if __name__ == "__main__":
