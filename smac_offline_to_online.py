@@ -849,9 +849,8 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self.args, self.state, self.device = args, state, device
-        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | dict(
-            algorithm=algorithm
-        )
+        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        self.config["algorithm"] = algorithm
         self.position, self.evaluations, self.seconds = {}, [], {}  # steps done a phase; (phase, step, score); clocks
         self.signal, self.ended = None, False  # asked to stop by a signal; asked to leave the phase
         if args.resume is not None:
@@ -1015,7 +1014,11 @@ class Run:
 def main() -> None:
     args = parse_flags()
     task = TASKS[args.task]
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        device = torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise BadInput(f"--device {args.device} cannot be used here: {e}") from e
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
 
@@ -1025,9 +1028,8 @@ def main() -> None:
     from_scratch = args.offline_steps == 0 and args.init_from is None
     dataset, dataset_score = None, None
     if not from_scratch:
-        raw = {
-            k: observation(task, v) if "observations" in k else v for k, v in read_dataset(task, args.dataset).items()
-        }
+        raw = read_dataset(task, args.dataset)
+        raw |= {k: observation(task, v) for k, v in raw.items() if "observations" in k}
         check_dataset(raw, obs_dim, act_dim, args.dataset or args.task)
         data = to_transitions(raw, task)
         print(summarize(data, len(raw["rewards"]), task))
@@ -1039,13 +1041,8 @@ def main() -> None:
     if dataset is not None:
         s, a, w = (torch.as_tensor(data[k], device=device) for k in ("observations", "actions", "w"))
         w = w if args.score_return else torch.ones_like(w)
-        normalized = [
-            agent.policy,
-            agent.critic,
-            agent.policy_target,
-            agent.critic_target,
-        ] * args.normalize_observations
-        for module in [model] + normalized:
+        normalized = [m for m in agent.children() if isinstance(m, Normalized) and args.normalize_observations]
+        for module in [model, *normalized]:
             module.mean.copy_(s.mean(0)), module.std.copy_(s.std(0) + 1e-3)
     average = copy.deepcopy(model).eval().requires_grad_(False)  # of the weights: what the score is asked of
     fit, optimizers = torch.optim.Adam(model.parameters(), args.score_lr, fused=True), make_optimizers(agent, args)
@@ -1053,12 +1050,14 @@ def main() -> None:
     updates = Updates(agent, average, optimizers, replay.sizes, args)
     networks = dict(agent=agent, score_model=average, **optimizers)
     if args.init_from is not None and args.resume is None:
-        start = read_checkpoint(args.init_from)
+        start, rates = read_checkpoint(args.init_from), {k: v.param_groups[0]["lr"] for k, v in optimizers.items()}
         try:
             for name in networks if start["args"]["algorithm"] == "smac" else ("agent",):
                 networks[name].load_state_dict(start[name])
         except (KeyError, RuntimeError, ValueError) as e:
             raise BadInput(f"{args.init_from} does not fit the task or the flags ({e}).") from e
+        for name, group in ((k, group) for k, v in optimizers.items() for group in v.param_groups):
+            group["lr"] = rates[name]  # an optimiser's state brings the old ones along; the flags decide
     run = Run(args, "smac", networks | dict(model=model, fit=fit, replay=replay, env=env), device)
 
     # ---- phase 1: the score of the dataset's actions
@@ -1099,9 +1098,8 @@ def main() -> None:
             if from_scratch and not warm:
                 action = 2 * torch.rand(act_dim).numpy() - 1
             else:
-                action = (
-                    updates.act(torch.as_tensor(obs, device=device)[None], updates.is_td3 and warm)[0].cpu().numpy()
-                )
+                s_now = torch.as_tensor(obs, device=device)[None]
+                action = updates.act(s_now, updates.is_td3 and warm)[0].cpu().numpy()
             next_obs, reward, terminated, truncated, _ = env.step(action)
             # easy to overlook: a time-out is no terminal, and s' is this episode's last state, not the next one's first
             r, cut = task.scale * reward + task.bias, truncated and not terminated
@@ -1128,9 +1126,8 @@ def main() -> None:
         replay.write(args.save_replay, task, **about)
     run.report(dataset_score)
     if args.capture_video:
-        video = gym.wrappers.RecordVideo(
-            TaskEnv(task, render_mode="rgb_array"), f"{run.path}/video", lambda episode: True
-        )
+        camera = TaskEnv(task, render_mode="rgb_array")
+        video = gym.wrappers.RecordVideo(camera, f"{run.path}/video", lambda episode: True)
         evaluate(agent.policy, [video], [episode_seed(args.seed, FINAL, 0)])
         video.close()
 

@@ -139,10 +139,33 @@ def test_alpha_modes_and_normalised_observations(dataset, tmp_path, mode):
         assert (agent[f"{network}.std"] != 1).all()
 
 
-def test_observations_are_not_normalised_unless_asked(reference):
-    state = load(reference / "offline.pt")
+def test_the_checkpoint_holds_the_normaliser_of_every_network(reference):
+    state = load(reference / "offline.pt")  # the embedded row normalises observations in policy and critics
+    for name in ("policy", "policy_target", "critic", "critic_target"):
+        assert torch.equal(state["agent"][f"{name}.mean"], state["score_model"]["mean"])
+        assert torch.equal(state["agent"][f"{name}.std"], state["score_model"]["std"])
+    assert (state["score_model"]["std"] != 1).all()
+
+
+def test_observations_are_not_normalised_where_not_asked(dataset, tmp_path):
+    few = ("--no-normalize-observations", "--online-algorithm", "none", "--score-steps", 1, "--offline-steps", 1)
+    folder = run_here(*TINY, "--dataset", dataset, "--runs-dir", tmp_path, *few)
+    state = load(folder / "offline.pt")
     assert (state["agent"]["policy.mean"] == 0).all() and (state["agent"]["critic.std"] == 1).all()
     assert (state["score_model"]["std"] != 1).all()  # the score model always is
+
+
+def test_the_policys_average_is_handed_over(reference):
+    agent = load(reference / "offline.pt")["agent"]
+    assert all(
+        torch.equal(v, agent[k.replace("policy.", "policy_target.")]) for k, v in agent.items() if "policy." in k
+    )
+
+
+def test_init_from_takes_the_learning_rates_of_the_flags(reference, dataset, tmp_path):
+    start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
+    folder = run_here(*TINY, *start, "--critic-lr", 1e-5)
+    assert {group["lr"] for group in load(folder / "last.pt")["critic"]["param_groups"]} == {1e-5}
 
 
 def test_stop_at_score_ends_the_run_early(reference, dataset, tmp_path):
