@@ -5,7 +5,7 @@
 # ///
 """SMAC, Score-Matched Actor-Critic (arXiv 2602.17632): pretrain on a fixed dataset, go on online without a drop.
 
-    python smac_offline_to_online.py                                     # embedded Hopper data: 15 minutes, 2 cores
+    python smac_offline_to_online.py                                     # embedded Hopper data: 15 to 20 minutes, CPU
     python smac_offline_to_online.py --task walker2d-medium-replay-v2 --online-algorithm td3
     python smac_offline_to_online.py --resume runs/hopper-embedded__smac__0__20260101-120000
     python smac_offline_to_online.py --task door-binary-v0 --help        # the flags with that task's defaults
