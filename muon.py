@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
     """Muon for `matrices`, Adam for `others`.
 
     matrices: parameters of shape (out, in) or (N, out, in), in the orientation in which they multiply column vectors.
-    others: parameters of any shape. Both take the learning rate `lr`.
+    others: parameters of any shape. Both take the learning rate `lr`, a tensor in each group: change it by fill_.
     scale: "rms" multiplies the orthogonal update by 0.2 sqrt(max(out, in)), so that its entries are as large as Adam's
         (Moonlight, arXiv 2502.16982) and Adam's learning rates carry over; "spectral": by sqrt(max(1, out / in)).
     momentum: 0.95, Nesterov (Jordan). betas, eps: torch.optim.Adam's. No weight decay: neither SMAC nor SAC uses it.
@@ -89,6 +89,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, dict(lr=lr, momentum=momentum, scale=scale, betas=betas, eps=eps))
         # The whole state exists from the start: a checkpoint always has the same keys, and CUDA graphs fixed addresses.
         for group in self.param_groups:
+            group["lr"] = torch.tensor(float(lr), device=group["params"][0].device)  # a schedule recompiles nothing
             for p in group["params"]:
                 if group["muon"]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
@@ -136,4 +137,4 @@ class Muon(torch.optim.Optimizer):
             stack = torch.cat([u for _, u in members]) if len(members) > 1 else members[0][1]
             updates = orthogonalize(stack, self.polynomial).split([len(u) for _, u in members])
             for (p, _), update in zip(members, updates):
-                p.sub_(update.view_as(p), alpha=group["lr"] * size)
+                p.addcmul_(update.view_as(p), group["lr"], value=-size)

@@ -5,7 +5,7 @@
 # ///
 """SMAC, Score-Matched Actor-Critic (arXiv 2602.17632): pretrain on a fixed dataset, go on online without a drop.
 
-    python smac_offline_to_online.py                                     # embedded Hopper data: 15 to 20 minutes, CPU
+    python smac_offline_to_online.py                                     # embedded Hopper data, CPU
     python smac_offline_to_online.py --task walker2d-medium-replay-v2 --online-algorithm td3
     python smac_offline_to_online.py --resume runs/hopper-embedded__smac__0__20260101-120000
     python smac_offline_to_online.py --task door-binary-v0 --help        # the flags with that task's defaults
@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import copy
 import difflib
-import http.client
 import importlib.util
 import io
 import json
@@ -28,12 +27,13 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 from dataclasses import dataclass, field, fields, make_dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -50,28 +50,31 @@ from tqdm import tqdm
 from muon import Muon, bf16_is_fast
 
 
-# ==== flags: a default without a source is from the paper's locomotion column (Tables 6, 7); ROWS has the other columns
+# ==== shared: flags of a run
 @dataclass
 class RunFlags:
     task: str = "hopper-embedded"  # hopper-medium-replay-v2, door-binary-v0, ...; a wrong name lists all. Sets defaults
     seed: int = 0  # of networks, batches, exploration, training and evaluation episodes
     resume: Path | None = None  # run folder to go on with, exactly where its last.pt stands; its flags are the defaults
     dataset: str | None = None  # D4RL-layout HDF5, or minari:ID; else the task's own, from $D4RL_DATASET_DIR or ~/.d4rl
-    init_from: Path | None = None  # offline.pt of any of our scripts: its networks go straight to the online phase
+    init_from: Path | None = None  # an offline.pt: its networks go straight to the online phase
     runs_dir: Path = Path("runs")  # where run folders are made
     device: str = "auto"  # auto: cuda where there is one; else cpu, cuda:1, ...
     torch_threads: int = 1  # CPU threads. Matrices this small gain little from more: better start one run a core
     compile: bool = False  # compile the update steps (takes a minute; CUDA graphs on a GPU); needs a C++ compiler
     checkpoint_every: int = 10_000  # steps between checkpoints; one more at a phase's end, on Ctrl-C and on SIGTERM
+    keep_every: int | None = None  # also keep the networks every so many steps, as offline-5000.pt (for landscapes)
     log_every: int = 500  # steps between rows of metrics.csv and TensorBoard
     eval_every: int = 10_000  # steps between evaluations, offline and online
     eval_episodes: int = 20  # episodes an evaluation, deterministic policy, the same starts each time (WSRL: 20)
     final_episodes: int = 50  # episodes of the last evaluation, from starts that no earlier one used
     save_replay: Path | None = None  # write all that the online phase collected to this file, in D4RL's layout
+    stop_at_score: float | None = None  # end the run at the first online evaluation with this mean score
     track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_MODE=offline works)
     capture_video: bool = False  # film an episode of the final policy (needs moviepy; no screen: MUJOCO_GL=egl)
 
 
+# ==== flags: a default without a source is from the paper's locomotion column (Tables 6, 7); ROWS has the other columns
 @dataclass
 class ScoreFlags:
     score_steps: int = 1_000_000  # training steps of the diffusion model
@@ -98,6 +101,7 @@ class OfflineFlags:
     target_entropy_scale: float = -10.0  # target entropy per action dimension
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the target critics
+    lr_decay: float = 1.0  # over the second half both fall linearly to this share, and stay there online (ours)
     policy_average: float = 0.001  # rate of the policy's running average: what is evaluated and handed over (ours)
     kappa: float = 40.0  # weight of the score-matching loss
     alpha_mode: Literal["scaled", "fixed", "learned"] = "scaled"  # alpha_scale E|Q|; alpha_scale; the paper's alpha(s)
@@ -119,12 +123,9 @@ class OnlineFlags:
     awr_temperature: float = 0.4  # awr: weight exp(awr_temperature (Q - V)), at most 100
     bc_weight: float = 5.0  # td3+bc: -Q / mean |Q| + bc_weight (pi(s) - a)^2, a mean over dimensions
     exploration_noise: float = 0.1  # td3, td3+bc: deviation of the noise on collected actions (TD3)
-    stop_at_score: float | None = None  # end the run at the first online evaluation with this mean score
 
 
 GROUPS = dict(run=RunFlags, score=ScoreFlags, offline=OfflineFlags, online=OnlineFlags)
-Flags = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
-
 # Rows of other defaults. adroit, kitchen: paper, Tables 6 and 7. hopper-embedded: ours, the method at a size for two
 # CPU cores (docs/smac.md). from-scratch, with --offline-steps 0: SAC's own (softlearning).
 ROWS = {
@@ -146,6 +147,7 @@ NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hi
 NETWORK_FLAGS += ("score_hidden", "score_blocks", "score_condition_hidden")
 
 
+# ==== shared: from the command line to flags
 def parse_flags() -> SimpleNamespace:
     """The flags given, over the run to resume or the task's row, over the defaults; as one flat namespace."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -159,26 +161,37 @@ def parse_flags() -> SimpleNamespace:
         near = ", ".join(difflib.get_close_matches(name, TASKS, 3, 0.3)) or "none"
         raise BadInput(f"--task {name}: no such task. Near: {near}. All: {', '.join(TASKS)}.")
     else:
-        scratch = given.offline_steps == 0 and given.init_from is None
-        row = ROWS.get(TASKS[name].domain, {}) | ROWS.get(name, {}) | (ROWS["from-scratch"] if scratch else {})
-        row |= {"task": name}
+        row = ROWS.get(TASKS[name].domain, {}) | ROWS.get(name, {}) | {"task": name}
         if given.init_from is not None:  # a checkpoint brings the shape of its networks
             row |= {k: v for k, v in read_checkpoint(given.init_from)["args"].items() if k in NETWORK_FLAGS}
+        elif given.offline_steps == 0:
+            row |= ROWS.get("from-scratch", {})
     groups = [group() for group in GROUPS.values()]
     for group, f in [(g, f) for g in groups for f in fields(g) if row.get(f.name) is not None]:
         value = Path(row[f.name]) if "Path" in str(f.type) else row[f.name]
         setattr(group, f.name, tuple(value) if isinstance(value, list) else value)
-    flags = tyro.cli(Flags, default=Flags(*groups), description=(__doc__ or "").split("\n\n")[0])
+    kind = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
+    flags = tyro.cli(kind, default=kind(*groups), description=(__doc__ or "").split("\n\n")[0])
     args = SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
-    positive = ("eval_every", "eval_episodes", "final_episodes", "log_every", "checkpoint_every", "num_critics", "utd")
-    if low := [f"--{k.replace('_', '-')}" for k in positive if getattr(args, k) < 1]:
+    counts = ("eval_every", "eval_episodes", "final_episodes", "log_every", "checkpoint_every", "num_critics", "utd")
+    if low := [f"--{k.replace('_', '-')}" for k in counts if getattr(args, k, 1) < 1]:
         raise BadInput(f"{', '.join(low)}: at least 1 is needed.")
+    if args.online_batch_size % getattr(args, "utd", 1) or not 0 <= args.offline_fraction <= 1:
+        raise BadInput("--online-batch-size must be a multiple of --utd, and --offline-fraction lie between 0 and 1.")
     for flag, package in dict(track="wandb", capture_video="moviepy").items():
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise BadInput(f"--{flag.replace('_', '-')} needs {package}: pip install {package}.")
-    if args.online_batch_size % args.utd or not 0 <= args.offline_fraction <= 1:
-        raise BadInput("--online-batch-size must be a multiple of --utd, and --offline-fraction lie between 0 and 1.")
     return args
+
+
+class BadInput(SystemExit):
+    """Ends the script with one sentence for the user. Code 2: wrong input, before any training; else it is saved."""
+
+    def __init__(self, sentence: str, code: int = 2):
+        sentence = " ".join(sentence.split())  # h5py's and torch's messages have several lines
+        super().__init__(sentence)
+        self.code = code
+        print(f"error: {sentence}" if code == 2 else sentence, file=sys.stderr)
 
 
 # ==== shared: tasks
@@ -225,31 +238,17 @@ for name, file in KITCHEN.items():
     TASKS[f"kitchen-{name}-v0"] = task
 
 
-class BadInput(SystemExit):
-    """Ends the script with one sentence for the user. Code 2: wrong input, before any training; else it is saved."""
-
-    def __init__(self, sentence: str, code: int = 2):
-        sentence = " ".join(sentence.split())  # h5py's and torch's messages have several lines
-        super().__init__(sentence)
-        self.code = code
-        print(f"error: {sentence}" if code == 2 else sentence, file=sys.stderr)
-
-
 # ==== shared: data
 def download(url: str, path: Path) -> None:
     """Fetch an HDF5 file under a temporary name, check that it is whole, then give it its name."""
     part = path.with_name(path.name + ".part")
+    socket.setdefaulttimeout(30)  # or a dead connection would hang for ever
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as f:
-            size = int(answer.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(f, "write", total=size or None, desc=path.name) as with_progress:
-                shutil.copyfileobj(answer, with_progress)
-        if size and part.stat().st_size != size:
-            raise OSError(f"{part.stat().st_size:,} of {size:,} bytes arrived")
-        h5py.File(part).close()
+        torch.hub.download_url_to_file(url, str(part))
+        h5py.File(part).close()  # refuses what a broken connection leaves
         os.replace(part, path)
-    except (OSError, http.client.HTTPException) as e:
+    except (OSError, HTTPException) as e:
         part.unlink(missing_ok=True)
         raise BadInput(f"Cannot download {url} ({e}): fetch it on another machine and put it at {path}.") from e
 
@@ -329,8 +328,9 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
     An episode ends at a terminal, a time-out, where the stored next state is not the following row's, and at the end.
     Only a terminal stops bootstrapping. A row whose next state is unknown (the last before a cut, where the file has no
     next_observations) is dropped; its reward still counts in w, the episode's raw return (kitchen: solved subtasks),
-    min-max normalised. Returns float32 observations, next_observations (n, o), actions (n, a), rewards, terminals, w
-    (n,), and an entry an episode: returns, terminated (of those kept), scores (of all).
+    min-max normalised. Returns float32 observations, next_observations (n, o), actions (n, a), rewards, terminals, cuts
+    (the last kept row of an episode without a terminal), w (n,), and an entry an episode: returns, terminated (of those
+    kept), scores (of all).
     """
     n = len(raw["rewards"])
     obs, rewards = raw["observations"].astype(np.float32), raw["rewards"].astype(np.float64).reshape(n)
@@ -374,8 +374,10 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
     next_obs = np.where(unknown[:, None], obs, next_obs)  # of a terminal it is never used
     keep &= ~unknown | terminal
     actions = raw["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
-    columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs)
-    data = {k: v[keep].astype(np.float32) for k, v in (columns | dict(terminals=terminal, w=w)).items()}
+    columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, w=w)
+    data = {k: v[keep].astype(np.float32) for k, v in (columns | dict(terminals=terminal)).items()}
+    last = np.r_[np.diff(episode[keep]) > 0, True]
+    data["cuts"] = (last & (data["terminals"] == 0)).astype(np.float32)
     return data | dict(returns=returns[some], terminated=terminated[some], scores=scores)
 
 
@@ -388,11 +390,15 @@ def summarize(data: dict[str, np.ndarray], rows: int, task: Task) -> str:
   actions: {100 * (np.abs(data["actions"]) > 0.999).mean():.1f} % on the bounds"""
 
 
-class Replay:
-    """Rows (s, a, training reward, s', terminal, cut) in one tensor: a batch is one gather. Full: oldest go first."""
+COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "cuts")
 
-    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        self.sizes = (obs_dim, act_dim, 1, obs_dim, 1, 1)
+
+class Replay:
+    """Rows of COLUMNS, with training's rewards, in one tensor: a batch is one gather. Full: oldest go first. The last
+    `extra` columns are the script's own."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device, extra: int = 0):
+        self.sizes = (obs_dim, act_dim, 1, obs_dim, 1, 1) + (1,) * extra
         self.rows, self.added = torch.zeros(capacity, sum(self.sizes), device=device), 0
 
     def add(self, *columns) -> None:
@@ -413,7 +419,9 @@ class Replay:
 
     def write(self, path: Path, task: Task, **attributes) -> None:
         """D4RL-layout HDF5 with raw rewards. No next_observations: they are the next row's observations."""
-        s, a, r, _, terminal, cut = (x.squeeze(1).cpu().numpy() for x in self.rows[: self.added].split(self.sizes, 1))
+        s, a, r, _, terminal, cut, *_ = (
+            x.squeeze(1).cpu().numpy() for x in self.rows[: self.added].split(self.sizes, 1)
+        )
         columns = dict(observations=s, actions=a, rewards=(r - task.bias) / task.scale)
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(path.with_name(path.name + ".part"), "w") as f:
@@ -482,6 +490,17 @@ def episode_seed(seed: int, stream: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
 
 
+def collect(env: TaskEnv, action: np.ndarray, replay: Replay, seed: int, *extra) -> bool:
+    """One environment step into the replay; after an episode's end, which it returns, the next one begins."""
+    obs, task = env.obs, env.task
+    next_obs, reward, terminated, truncated, _ = env.step(action)
+    # easy to overlook: a time-out is no terminal, and s' is this episode's last state, not the next one's first
+    replay.add(obs, action, task.scale * reward + task.bias, next_obs, terminated, truncated and not terminated, *extra)
+    if terminated or truncated:
+        env.reset(seed=episode_seed(seed, TRAINING, replay.added))
+    return terminated or truncated
+
+
 # ==== shared: evaluation
 @torch.no_grad()
 def evaluate(policy: nn.Module, envs: list[TaskEnv], seeds: list[int]) -> list[tuple[float, int, float]]:
@@ -498,327 +517,6 @@ def evaluate(policy: nn.Module, envs: list[TaskEnv], seeds: list[int]) -> list[t
             if terminated or truncated:
                 running.remove(i)
     return results
-
-
-# ==== networks
-def dense(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
-    """Linear layer, orthogonal weight, zero bias: WSRL's initialisation."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, gain), nn.init.zeros_(layer.bias)
-    return layer
-
-
-def mlp(sizes: list[int], activation=nn.ReLU) -> nn.Sequential:
-    return nn.Sequential(*(m for i, o in zip(sizes, sizes[1:]) for m in (dense(i, o), activation())))
-
-
-class Normalized(nn.Module):
-    """A network that normalises states inside, by buffers that are in every checkpoint; the identity unless set."""
-
-    def __init__(self, obs_dim: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(obs_dim))
-        self.register_buffer("std", torch.ones(obs_dim))
-
-    def normalize(self, s: Tensor) -> Tensor:
-        return (s - self.mean) / self.std
-
-
-class Policy(Normalized):
-    """Tanh-Gaussian: a = tanh(mu(s) + exp(log_std(s)) xi); exp as Table 7, clipped to [1e-5, 10] as WSRL."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: tuple[int, ...]):
-        super().__init__(obs_dim)
-        self.trunk, self.head = mlp([obs_dim, *hidden]), dense(hidden[-1], 2 * act_dim, 0.01)
-
-    def forward(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        mu, log_std = self.head(self.trunk(self.normalize(s))).chunk(2, -1)
-        return mu, log_std.clamp(math.log(1e-5), math.log(10.0))
-
-    def mode(self, s: Tensor) -> Tensor:
-        return torch.tanh(self(s)[0])
-
-    def sample(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Reparameterised actions (B, a) and their log-density (B,)."""
-        mu, log_std = self(s)
-        xi = torch.randn_like(mu)
-        u = mu + log_std.exp() * xi
-        return torch.tanh(u), self.log_density(xi, log_std, u)
-
-    def log_prob(self, s: Tensor, a: Tensor) -> Tensor:
-        """Log-density (B,) of given actions."""
-        mu, log_std = self(s)
-        u = torch.atanh(a.clamp(-1 + 1e-6, 1 - 1e-6))
-        return self.log_density((u - mu) / log_std.exp(), log_std, u)
-
-    @staticmethod
-    def log_density(xi: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
-        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), finite for large |u|
-        return (-0.5 * xi.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
-
-
-class Critics(Normalized):
-    """N critics Q_i(s, a) in stacked weights (N, out, in): one batched product a layer, and Muon's shape."""
-
-    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden: tuple[int, ...], activation: str):
-        super().__init__(obs_dim)
-        sizes = [obs_dim + act_dim, *hidden, 1]
-        layers = [torch.stack([dense(i, o).weight.data for _ in range(n)]) for i, o in zip(sizes, sizes[1:])]
-        self.weights = nn.ParameterList(layers)
-        self.biases = nn.ParameterList(torch.zeros(n, 1, o) for o in sizes[1:])
-        self.act_dim, self.tanh = act_dim, activation == "tanh"
-
-    def layers(self, s: Tensor, a: Tensor, members=slice(None)) -> list[Tensor]:
-        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(self.weights[0][members]), -1, -1), []
-        for W, b in zip(self.weights[:-1], self.biases[:-1]):
-            h = torch.baddbmm(b[members], h, W[members].mT)
-            hidden.append(h := torch.tanh(h) if self.tanh else torch.relu(h))
-        return hidden
-
-    def forward(self, s: Tensor, a: Tensor, members=slice(None)) -> Tensor:
-        """(B, o), (B, a) -> (N, B), or fewer rows where only some members are asked."""
-        h = self.layers(s, a, members)[-1]
-        return (h * self.weights[-1][members]).sum(-1) + self.biases[-1][members].squeeze(-1)
-
-    def action_gradient(self, s: Tensor, a: Tensor) -> Tensor:
-        """grad_a Q_i(s, a) (N, B, a) by the chain rule, written out: its own gradient then takes one backward pass."""
-        slopes = [1 - h * h if self.tanh else (h > 0).to(h.dtype) for h in self.layers(s, a)]
-        g = self.weights[-1] * slopes[-1]
-        for W, slope in zip(reversed(self.weights[1:-1]), reversed(slopes[:-1])):
-            g = (g @ W) * slope
-        return g @ self.weights[0][..., -self.act_dim :]
-
-
-class ScoreModel(Normalized):
-    """Noise model eps(s, a, w, k): IDQL's LayerNorm residual network with SiLU (arXiv 2304.10573), sizes of Table 6,
-    cosine schedule (arXiv 2102.09672), dropout 0.1 while fitting (IDQL; the paper names none)."""
-
-    K = 32  # noise levels (Table 6)
-
-    def __init__(self, obs_dim: int, act_dim: int, args: SimpleNamespace):
-        super().__init__(obs_dim)
-        f = torch.cos((torch.arange(self.K + 1, dtype=torch.float64) / self.K + 0.008) / 1.008 * math.pi / 2).square()
-        self.register_buffer(
-            "alpha_bar", (f[1:] / f[:-1]).clamp(min=0.001).cumprod(0).float()
-        )  # [0] is k = 1: sigma .060
-        angle = torch.arange(1, self.K + 1)[:, None] * torch.exp(-math.log(10_000) * torch.arange(32) / 31)
-        self.register_buffer("positions", torch.cat([angle.sin(), angle.cos()], -1))  # (K, 64)
-        self.time = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64))
-        sizes, h = [obs_dim + 1, *args.score_condition_hidden], args.score_hidden
-        self.condition = mlp(sizes, nn.SiLU).append(nn.Linear(sizes[-1], 64))
-        self.inlet, self.outlet = nn.Linear(act_dim + 128, h), nn.Sequential(nn.SiLU(), nn.Linear(h, act_dim))
-        block = [lambda: nn.Dropout(0.1), lambda: nn.LayerNorm(h), lambda: nn.Linear(h, 4 * h), nn.SiLU]
-        block += [lambda: nn.Linear(4 * h, h)]
-        self.blocks = nn.ModuleList(nn.Sequential(*(m() for m in block)) for _ in range(args.score_blocks))
-
-    def forward(self, s: Tensor, a: Tensor, w: Tensor, k: Tensor) -> Tensor:
-        """Noise estimate (B, a) for states s (B, o), noised actions a (B, a), returns w (B,), levels k (B,) in 1..K."""
-        condition = self.condition(torch.cat([self.normalize(s), w[:, None]], -1))
-        h = self.inlet(torch.cat([a, condition, self.time(self.positions[k - 1])], -1))
-        for block in self.blocks:
-            h = h + block(h)
-        return self.outlet(h)
-
-    def score(self, s: Tensor, a: Tensor) -> Tensor:
-        """-eps(s, a, w=1, k=1) = sigma_1 grad_a log p(a | s, w=1), (B, a): the score in units of its noise."""
-        one = torch.ones(len(s), device=s.device)
-        with torch.autocast(s.device.type, torch.bfloat16, enabled=bf16_is_fast(s.device)):
-            return -self(s, a, one, one.long()).float()
-
-
-class Agent(nn.Module):
-    """All that is trained from the offline phase on: one state_dict is the core of a checkpoint."""
-
-    def __init__(self, obs_dim: int, act_dim: int, args: SimpleNamespace):
-        super().__init__()
-        self.policy = Policy(obs_dim, act_dim, args.policy_hidden)
-        self.critic = Critics(args.num_critics, obs_dim, act_dim, args.critic_hidden, args.critic_activation)
-        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)  # offline: its average; then TD3's
-        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_temperature = nn.Parameter(torch.zeros(()))  # initial temperature 1 (SAC)
-        self.alpha_net = mlp([obs_dim, 256, 256]).append(dense(256, 1))  # alpha_psi(s) (Table 7); --alpha-mode learned
-        self.register_buffer("q_scale", torch.zeros(()))  # running mean |TD target|; --alpha-mode scaled
-
-
-def make_optimizers(agent: Agent, args: SimpleNamespace) -> dict[str, Muon]:
-    """Muon on the matrices between two hidden layers, Adam on input layers, heads and biases (Jordan's advice)."""
-    hidden = dict(critic=list(agent.critic.weights[1:-1]), policy=[layer.weight for layer in agent.policy.trunk[2::2]])
-    optimizers = dict(temperature=Muon([], [agent.log_temperature], args.temperature_lr))
-    for name, lr in dict(critic=args.critic_lr, policy=args.policy_lr, alpha_net=1e-4).items():  # alpha's: Table 7
-        matrices = hidden.get(name, []) if args.optimizer == "muon" else []
-        others = [p for p in getattr(agent, name).parameters() if all(p is not m for m in matrices)]
-        optimizers[name] = Muon(matrices, others, lr, scale=args.muon_scale)
-    return optimizers
-
-
-# ==== losses
-def diffusion_loss(model: ScoreModel, s: Tensor, a: Tensor, w: Tensor) -> Tensor:
-    """E || eps - eps_omega(s, sqrt(abar_k) a + sqrt(1 - abar_k) eps, w, k) ||^2, k uniform (paper, Appendix J)."""
-    k = torch.randint(1, model.K + 1, (len(a),), device=a.device)
-    alpha_bar, eps = model.alpha_bar[k - 1, None], torch.randn_like(a)
-    return (eps - model(s, alpha_bar.sqrt() * a + (1 - alpha_bar).sqrt() * eps, w, k)).square().sum(-1).mean()
-
-
-def td_loss(q: Tensor, y: Tensor) -> Tensor:
-    """L_AC = E (Q_i(s, a) - y)^2, a mean over members and batch; q (N, B), y (B,)."""
-    return (q - y).square().mean()
-
-
-def score_matching_loss(action_gradient: Tensor, score: Tensor, alpha: Tensor) -> Tensor:
-    """L_SM = E || grad_a Q_i(s, a) - alpha score(s, a) ||^2, a sum over action dimensions, a mean over members and
-    batch (paper, 6.2). action_gradient (N, B, a), score (B, a), alpha () or (B, 1)."""
-    return (action_gradient - alpha * score).square().sum(-1).mean()
-
-
-def sac_policy_loss(q: Tensor, log_prob: Tensor, temperature: Tensor) -> Tensor:
-    """L_pi = E[temperature log pi(a|s) - min_i Q_i(s, a)], a ~ pi (paper, 6.2; minimum over all members as WSRL)."""
-    return (temperature * log_prob - q.min(0).values).mean()
-
-
-def temperature_loss(log_temperature: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """-log temperature E[log pi + target entropy] (SAC, arXiv 1812.05905; in the logarithm, as most code has it)."""
-    return -log_temperature * (log_prob.detach() + target_entropy).mean()
-
-
-def td3_policy_loss(q: Tensor, a_pi: Tensor, a: Tensor, bc_weight: float) -> Tensor:
-    """TD3: -E min_i Q_i. TD3+BC (bc_weight > 0): -Q / mean |Q| + bc_weight (pi(s) - a)^2, the scale without gradient,
-    the square a mean over dimensions (arXiv 2106.06860; their alpha = 2.5 is bc_weight 0.4)."""
-    q = q.min(0).values
-    return -q.mean() / q.abs().mean().detach() + bc_weight * (a_pi - a).square().mean() if bc_weight > 0 else -q.mean()
-
-
-def awr_policy_loss(log_prob: Tensor, q: Tensor, v: Tensor, awr_temperature: float) -> Tensor:
-    """-E[min(exp(awr_temperature (Q - V)), 100) log pi(a|s)] on the batch's actions (WSRL's form)."""
-    return -((awr_temperature * (q - v)).exp().clamp(max=100) * log_prob).mean()
-
-
-# ==== updates
-def descend(loss: Tensor, optimizer: Muon, retain_graph: bool = False) -> None:
-    """One step of `optimizer` on the gradient of `loss` for its own parameters, and for no others."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, g in zip(params, torch.autograd.grad(loss, params, retain_graph=retain_graph)):
-        p.grad = g
-    optimizer.step()
-
-
-@torch.no_grad()
-def follow(target: nn.Module, source: nn.Module, tau: float) -> None:
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-class Updates:
-    """The update steps. Each takes replay rows and returns metrics as tensors, so that nothing waits for a GPU."""
-
-    def __init__(self, agent: Agent, model: ScoreModel, optimizers: dict, sizes: tuple, args: SimpleNamespace):
-        self.agent, self.model, self.optimizers, self.sizes, self.args = agent, model, optimizers, sizes, args
-        self.is_td3 = args.online_algorithm.startswith("td3")
-        if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
-            print("--compile needs a C++ compiler (g++, or $CXX) and finds none: going on without.", file=sys.stderr)
-        elif args.compile:
-            torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
-            torch._inductor.config.fallback_random = True  # the same random numbers as without
-            mode = "reduce-overhead" if agent.log_temperature.is_cuda else None  # CUDA graphs
-            self.offline = torch.compile(self.offline, dynamic=False, mode=mode)
-            self.online = torch.compile(self.online, dynamic=False, mode=mode)
-
-    @torch.no_grad()
-    def act(self, s: Tensor, explore: bool) -> Tensor:
-        """Actions for collecting: the stochastic policy's, or TD3's mean with noise."""
-        if not explore:
-            return self.agent.policy.sample(s)[0]
-        a = self.agent.policy.mode(s)
-        return (a + self.args.exploration_noise * torch.randn_like(a)).clamp(-1, 1)
-
-    @torch.no_grad()
-    def td_target(self, r: Tensor, s_next: Tensor, terminal: Tensor, td3: bool) -> Tensor:
-        """y = r + gamma (1 - terminal) min_i Q'_i(s', a') over two random members (REDQ), (B,)."""
-        agent, args = self.agent, self.args
-        if td3:  # target policy smoothing (arXiv 1802.09477)
-            a_next = agent.policy_target.mode(s_next)
-            a_next = (a_next + (0.2 * torch.randn_like(a_next)).clamp(-0.5, 0.5)).clamp(-1, 1)
-        else:
-            a_next, log_prob = agent.policy.sample(s_next)
-        pair = torch.rand(args.num_critics, device=r.device).argsort()[:2]
-        q_next = agent.critic_target(s_next, a_next, pair).min(0).values
-        if args.backup_entropy and not td3:
-            q_next = q_next - agent.log_temperature.exp() * log_prob
-        return r.squeeze(1) + args.gamma * (1 - terminal.squeeze(1)) * q_next
-
-    def sac_policy(self, s: Tensor) -> dict[str, Tensor]:
-        a, log_prob = self.agent.policy.sample(s)
-        temperature = self.agent.log_temperature.detach().exp()
-        loss = sac_policy_loss(self.agent.critic(s, a), log_prob, temperature)
-        descend(loss, self.optimizers["policy"])
-        target_entropy = self.args.target_entropy_scale * a.size(1)
-        descend(temperature_loss(self.agent.log_temperature, log_prob, target_entropy), self.optimizers["temperature"])
-        return dict(policy_loss=loss.detach(), entropy=-log_prob.detach().mean(), temperature=temperature)
-
-    def offline(self, rows: Tensor) -> dict[str, Tensor]:
-        """Score-matched pretraining: L_SMAC = kappa L_SM + L_AC for the critics, then policy, temperature, targets."""
-        agent, args = self.agent, self.args
-        s, a, r, s_next, terminal, _ = rows.split(self.sizes, 1)
-        y, q = self.td_target(r, s_next, terminal, td3=False), agent.critic(s, a)
-        loss = td_loss(q, y)
-        metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0).mean())
-        if args.kappa > 0:
-            with torch.no_grad():  # B(A): half of the actions from the policy, half uniform (paper, 6.2)
-                half = len(s) // 2
-                a_B = torch.cat([agent.policy.sample(s[:half])[0], 2 * torch.rand_like(a[half:]) - 1])
-                score = self.model.score(s, a_B) * (1 if args.score_sign == "minus" else -1)
-                agent.q_scale.lerp_(y.abs().mean(), 0.005)
-            if args.alpha_mode == "learned":
-                alpha = agent.alpha_net(self.model.normalize(s))
-            else:
-                alpha = args.alpha_scale * (agent.q_scale if args.alpha_mode == "scaled" else torch.ones_like(r[0]))
-            sm_loss = score_matching_loss(agent.critic.action_gradient(s, a_B), score, alpha)
-            if args.alpha_mode == "learned":
-                descend(sm_loss, self.optimizers["alpha_net"], retain_graph=True)
-            loss = loss + args.kappa * sm_loss
-            metrics |= dict(sm_loss=sm_loss.detach(), alpha=alpha.detach().mean())
-        descend(loss, self.optimizers["critic"])
-        metrics |= self.sac_policy(s)
-        follow(agent.critic_target, agent.critic, args.tau)
-        follow(agent.policy_target, agent.policy, args.policy_average)
-        return metrics
-
-    def online(self, rows: Tensor, delayed: bool) -> dict[str, Tensor]:
-        """utd critic updates on equal parts of the batch, one policy update on all of it; TD3 moves its policy and its
-        targets only when `delayed` is true, every second time."""
-        agent, args = self.agent, self.args
-        for part in rows.chunk(args.utd):
-            s, a, r, s_next, terminal, _ = part.split(self.sizes, 1)
-            y, q = self.td_target(r, s_next, terminal, self.is_td3), agent.critic(s, a)
-            loss = td_loss(q, y)
-            metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0).mean())
-            descend(loss, self.optimizers["critic"])
-            if delayed or not self.is_td3:
-                follow(agent.critic_target, agent.critic, args.tau)
-        s, a, *_ = rows.split(self.sizes, 1)
-        if args.online_algorithm == "sac":
-            return metrics | self.sac_policy(s)
-        if args.online_algorithm == "awr":
-            with torch.no_grad():  # V(s) is the mean value of four policy actions
-                q = agent.critic(s, a).min(0).values
-                v = sum(agent.critic(s, agent.policy.sample(s)[0]).min(0).values for _ in range(4)) / 4
-            loss = awr_policy_loss(agent.policy.log_prob(s, a), q, v, args.awr_temperature)
-        elif delayed:
-            a_pi = agent.policy.mode(s)
-            bc_weight = args.bc_weight if args.online_algorithm == "td3+bc" else 0.0
-            loss = td3_policy_loss(agent.critic(s, a_pi), a_pi, a, bc_weight)
-        else:
-            return metrics
-        descend(loss, self.optimizers["policy"])
-        follow(agent.policy_target, agent.policy, args.tau)
-        return metrics | dict(policy_loss=loss.detach())
-
-    @torch.no_grad()
-    def identity(self, rows: Tensor) -> dict[str, Tensor]:
-        """Cosine between grad_a Q, a mean over members, and the score on data, policy and uniform actions (App. F)."""
-        s, a, *_ = rows.split(self.sizes, 1)
-        actions = dict(data=a, policy=self.agent.policy.sample(s)[0], uniform=2 * torch.rand_like(a) - 1)
-        q_gradient = {k: self.agent.critic.action_gradient(s, b).mean(0) for k, b in actions.items()}
-        score = {k: self.model.score(s, b) for k, b in actions.items()}
-        return {f"cosine_{k}": F.cosine_similarity(q_gradient[k], score[k]).mean() for k in actions}
 
 
 # ==== shared: run folder
@@ -843,12 +541,14 @@ def git_commit() -> str:
 
 class Run:
     """A run's folder: config.json, the script, metrics.csv, evaluations.csv, TensorBoard, checkpoints. `steps` walks a
-    phase and goes on inside it after a resume. last.pt holds the state_dict of everything in `state`."""
+    phase and goes on inside it after a resume. A checkpoint holds the state_dicts of `networks`; last.pt also those of
+    everything in `state`."""
 
-    def __init__(self, args: SimpleNamespace, algorithm: str, state: dict, device: torch.device):
+    def __init__(self, args: SimpleNamespace, algorithm: str, inputs: SimpleNamespace, networks: dict, state: dict):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.args, self.state, self.device = args, state, device
+        self.args, self.networks, self.state, self.device = args, networks, networks | state, inputs.device
+        self.task, self.eval_envs, self.data = inputs.task, inputs.eval_envs, inputs.data
         self.config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.config["algorithm"] = algorithm
         self.position, self.evaluations, self.seconds = {}, [], {}  # steps done a phase; (phase, step, score); clocks
@@ -909,6 +609,8 @@ class Run:
             self.position[phase] = self.step + 1
             self.bar.update()
             ended = self.ended or self.step + 1 == n
+            if self.args.keep_every and self.due(self.args.keep_every):
+                self.save(f"{phase}-{self.step + 1}.pt", self.networks)
             if ended or self.signal is not None or self.due(self.args.checkpoint_every):
                 self.save("last.pt", self.state)
             if self.signal is not None:
@@ -935,11 +637,14 @@ class Run:
         except OSError as e:
             tqdm.write(f"{self.path / name} cannot be written ({e}): free some space; the run goes on.", sys.stderr)
 
-    def log(self, metrics: dict, *show: str) -> None:
-        values = {k: float(v) for k, v in metrics.items()}
-        if bad := [k for k, v in values.items() if not math.isfinite(v)]:
+    def check_finite(self, values: dict[str, bool]) -> None:
+        if bad := [k for k, finite in values.items() if not finite]:
             where = f"{', '.join(bad)} not finite at {self.phase} step {self.step + 1}"
             raise BadInput(f"{where}: lower a learning rate; the last good state is {self.path}/last.pt", 1)
+
+    def log(self, metrics: dict, *show: str) -> None:
+        values = {k: float(v) for k, v in metrics.items()}
+        self.check_finite({k: math.isfinite(v) for k, v in values.items()})
         values |= {f"seconds/{k}": v for k, v in self.seconds.items()}
         with self.writing("metrics.csv") as path, open(path, "a") as f:
             f.writelines(f"{self.step + 1},{self.phase},{k},{v:.9g}\n" for k, v in values.items())
@@ -950,10 +655,8 @@ class Run:
 
     def save(self, name: str, parts: dict) -> None:
         """Write a checkpoint under a temporary name, then rename it: until then the one before stays."""
-        modules = [part for part in parts.values() if isinstance(part, nn.Module)]
-        if not all(p.isfinite().all() for module in modules for p in module.parameters()):
-            where = f"Weights not finite at {self.phase} step {self.step + 1}"
-            raise BadInput(f"{where}: lower a learning rate; the last good state is {self.path}/last.pt", 1)
+        modules = {k: part for k, part in parts.items() if isinstance(part, nn.Module)}
+        self.check_finite({k: all(p.isfinite().all() for p in m.parameters()) for k, m in modules.items()})
         state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
         state |= dict(position=self.position, evaluations=self.evaluations)
         state["sizes"] = {f: (self.path / f).stat().st_size for f in ("metrics.csv", "evaluations.csv")}
@@ -964,12 +667,14 @@ class Run:
             path.with_suffix(".tmp").write_bytes(whole.getbuffer())
             os.replace(path.with_suffix(".tmp"), path)
 
-    def evaluate(self, phase: str, step: int, policy: nn.Module, envs: list, stream: int = EVALUATION) -> float:
-        """The mean score over one episode an environment; every episode goes to evaluations.csv."""
+    def evaluate(self, phase: str, step: int, policy: nn.Module, envs: list | None = None, stream=EVALUATION) -> float:
+        """The mean score over one episode an environment. Every episode goes to evaluations.csv; the best online policy
+        so far stays in best.pt."""
+        envs = self.eval_envs if envs is None else envs
         with self.clock("evaluation"):
             results = evaluate(policy, envs, [episode_seed(self.args.seed, stream, i) for i in range(len(envs))])
-        scores = [float(envs[0].task.score(total, last)) for total, _, last in results]
-        score = float(np.mean(scores))
+        scores = [float(self.task.score(total, last)) for total, _, last in results]
+        score, before = float(np.mean(scores)), [x for p, _, x in self.evaluations if p == phase]
         with self.writing("evaluations.csv") as path, open(path, "a") as f:
             rows = enumerate(zip(results, scores))
             f.writelines(f"{step},{phase},{i},{r:.9g},{n},{x:.6g}\n" for i, ((r, n, _), x) in rows)
@@ -977,19 +682,33 @@ class Run:
             self.tensorboard.add_scalar(f"{phase}/score", score, self.total)
         self.evaluations.append((phase, step, score))
         tqdm.write(f"{phase:>8} {step:>9,}  score {score:6.1f}  ({min(scores):.1f} to {max(scores):.1f})")
+        if phase == "online":
+            self.ended = step > 0 and score >= (self.args.stop_at_score or math.inf)
+            if score >= max(before, default=score):
+                self.save("best.pt", self.networks)
         return score
 
-    def report(self, dataset_score: float | None) -> None:
-        """curve.png, and the run in a few lines. Early: the first fifth of the online steps after the warm start.
-        Regret: the mean over the online evaluations of the run's best score minus theirs."""
+    def finish(self, policy: nn.Module, replay: Replay) -> None:
+        """The last evaluation, what --save-replay and --capture-video ask for, curve.png, and the run in a few lines.
+        Early: the first fifth of the online steps after the warm start. Regret: the mean over the online evaluations of
+        the run's best score minus theirs."""
         import matplotlib.pyplot as plt
 
+        self.evaluate("final", self.total, policy, [TaskEnv(self.task) for _ in range(self.args.final_episodes)], FINAL)
+        if self.args.save_replay is not None:
+            about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=self.args.seed)
+            replay.write(self.args.save_replay, self.task, **about, env_id=self.task.env_id)
+        if self.args.capture_video:
+            camera = TaskEnv(self.task, render_mode="rgb_array")
+            video = gym.wrappers.RecordVideo(camera, f"{self.path}/video", lambda episode: True)
+            evaluate(policy, [video], [episode_seed(self.args.seed, FINAL, 0)])
+            video.close()
         plt.switch_backend("Agg")
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         lines, start = {}, 0
-        if dataset_score is not None:
-            lines["dataset, mean episode"] = dataset_score
-            axes.axhline(dataset_score, color="gray", linestyle=":", label="dataset, mean episode")
+        if self.data is not None:
+            lines["dataset, mean episode"] = mean = float(self.data["scores"].mean())
+            axes.axhline(mean, color="gray", linestyle=":", label="dataset, mean episode")
         for phase in ("offline", "online"):
             curve = [(start + step, score) for p, step, score in self.evaluations if p == phase]
             if curve:
@@ -1010,55 +729,419 @@ class Run:
         print("\n".join(f"  {name:<32}{x:8.1f}" for name, x in lines.items()))
 
 
-# ==== main
-def main() -> None:
-    args = parse_flags()
+# ==== shared: set-up
+def set_up(args: SimpleNamespace, extra: int = 0) -> SimpleNamespace:
+    """Task, device, environments, dataset. What can be wrong with the input shows here, before a run folder exists.
+    `dataset` (a Replay) and `data` (to_transitions) are None where the online algorithm starts from scratch."""
     task = TASKS[args.task]
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
         device = torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"--device {args.device} cannot be used here: {e}") from e
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        print("--compile needs a C++ compiler (g++, or $CXX) and finds none: going on without.", file=sys.stderr)
+        args.compile = False
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
-
-    # What can be wrong with the input shows here, before a run folder exists.
     env, *eval_envs = (TaskEnv(task) for _ in range(1 + args.eval_episodes))
     (obs_dim,), (act_dim,) = env.reset(seed=episode_seed(args.seed, TRAINING, 0))[0].shape, env.action_space.shape
-    from_scratch = args.offline_steps == 0 and args.init_from is None
-    dataset, dataset_score = None, None
-    if not from_scratch:
+    inputs = SimpleNamespace(task=task, device=device, env=env, eval_envs=eval_envs, data=None, dataset=None)
+    inputs.replay = Replay(max(args.online_steps, 1), obs_dim, act_dim, device, extra)
+    if args.offline_steps > 0 or args.init_from is not None:
         raw = read_dataset(task, args.dataset)
         raw |= {k: observation(task, v) for k, v in raw.items() if "observations" in k}
         check_dataset(raw, obs_dim, act_dim, args.dataset or args.task)
-        data = to_transitions(raw, task)
+        inputs.data = data = to_transitions(raw, task)
         print(summarize(data, len(raw["rewards"]), task))
-        dataset, dataset_score = Replay(len(data["w"]), obs_dim, act_dim, device), float(data["scores"].mean())
-        r = task.scale * data["rewards"] + task.bias
-        dataset.add(data["observations"], data["actions"], r, data["next_observations"], data["terminals"], 0 * r)
+        inputs.dataset = Replay(len(data["w"]), obs_dim, act_dim, device, extra)
+        columns = data | dict(rewards=task.scale * data["rewards"] + task.bias)
+        inputs.dataset.add(*(columns[k] for k in COLUMNS), *np.zeros((extra, len(data["w"]))))
+    return inputs
 
+
+# ==== shared: networks
+def dense(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+    """Linear layer, orthogonal weight, zero bias: WSRL's initialisation."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain), nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(sizes: list[int], activation=nn.ReLU) -> nn.Sequential:
+    return nn.Sequential(*(m for i, o in zip(sizes, sizes[1:]) for m in (dense(i, o), activation())))
+
+
+class Normalized(nn.Module):
+    """A network that normalises states inside, by buffers that are in every checkpoint; the identity unless set."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def normalize(self, s: Tensor) -> Tensor:
+        return (s - self.mean) / self.std
+
+
+class Critics(Normalized):
+    """N critics Q_i(s, a) in stacked weights (N, out, in): one batched product a layer, and Muon's shape."""
+
+    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden: tuple[int, ...], activation: str):
+        super().__init__(obs_dim)
+        sizes = [obs_dim + act_dim, *hidden, 1]
+        layers = [torch.stack([dense(i, o).weight.data for _ in range(n)]) for i, o in zip(sizes, sizes[1:])]
+        self.weights = nn.ParameterList(layers)
+        self.biases = nn.ParameterList(torch.zeros(n, 1, o) for o in sizes[1:])
+        self.tanh = activation == "tanh"
+
+    def layers(self, s: Tensor, a: Tensor, members=slice(None)) -> list[Tensor]:
+        """The hidden layers' outputs (N, B, h)."""
+        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(self.weights[0][members]), -1, -1), []
+        for W, b in zip(self.weights[:-1], self.biases[:-1]):
+            h = torch.baddbmm(b[members], h, W[members].mT)
+            hidden.append(h := torch.tanh(h) if self.tanh else torch.relu(h))
+        return hidden
+
+    def forward(self, s: Tensor, a: Tensor, members=slice(None)) -> Tensor:
+        """(B, o), (B, a) -> (N, B), or fewer rows where only some members are asked."""
+        h = self.layers(s, a, members)[-1]
+        return (h * self.weights[-1][members]).sum(-1) + self.biases[-1][members].squeeze(-1)
+
+
+# ==== shared: tanh-Gaussian policy
+class Policy(Normalized):
+    """a = tanh(mu(s) + exp(log_std(s)) xi); exp as SMAC's Table 7, clipped to [1e-5, 10] as WSRL."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: tuple[int, ...]):
+        super().__init__(obs_dim)
+        self.trunk, self.head = mlp([obs_dim, *hidden]), dense(hidden[-1], 2 * act_dim, 0.01)
+
+    def forward(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        mu, log_std = self.head(self.trunk(self.normalize(s))).chunk(2, -1)
+        return mu, log_std.clamp(math.log(1e-5), math.log(10.0))
+
+    def mode(self, s: Tensor) -> Tensor:
+        return torch.tanh(self(s)[0])
+
+    def sample(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Reparameterised actions (B, a) and their log-density (B,)."""
+        mu, log_std = self(s)
+        xi = torch.randn_like(mu)
+        u = mu + log_std.exp() * xi
+        return torch.tanh(u), self.log_density(xi, log_std, u)
+
+    @staticmethod
+    def log_density(xi: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), finite for large |u|
+        return (-0.5 * xi.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
+
+
+# ==== SMAC's networks
+def log_prob(policy: Policy, s: Tensor, a: Tensor) -> Tensor:
+    """Log-density (B,) of given actions."""
+    mu, log_std = policy(s)
+    u = torch.atanh(a.clamp(-1 + 1e-6, 1 - 1e-6))
+    return policy.log_density((u - mu) / log_std.exp(), log_std, u)
+
+
+def action_gradient(critic: Critics, s: Tensor, a: Tensor) -> Tensor:
+    """grad_a Q_i(s, a) (N, B, a) by the chain rule, written out: its own gradient then takes one backward pass."""
+    slopes = [1 - h * h if critic.tanh else (h > 0).to(h.dtype) for h in critic.layers(s, a)]
+    g = critic.weights[-1] * slopes[-1]
+    for W, slope in zip(reversed(critic.weights[1:-1]), reversed(slopes[:-1])):
+        g = (g @ W) * slope
+    return g @ critic.weights[0][..., -a.size(1) :]
+
+
+class ScoreModel(Normalized):
+    """Noise model eps(s, a, w, k): IDQL's LayerNorm residual network with SiLU (arXiv 2304.10573), sizes of Table 6,
+    cosine schedule (arXiv 2102.09672), dropout 0.1 while fitting (IDQL; the paper names none)."""
+
+    K = 32  # noise levels (Table 6)
+
+    def __init__(self, obs_dim: int, act_dim: int, args: SimpleNamespace):
+        super().__init__(obs_dim)
+        f = torch.cos((torch.arange(self.K + 1, dtype=torch.float64) / self.K + 0.008) / 1.008 * math.pi / 2).square()
+        alpha_bar = (f[1:] / f[:-1]).clamp(min=0.001).cumprod(0).float()
+        self.register_buffer("alpha_bar", alpha_bar)  # alpha_bar[0] belongs to k = 1: sigma_1 = 0.060
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))  # whether its noise estimate means anything
+        angle = torch.arange(1, self.K + 1)[:, None] * torch.exp(-math.log(10_000) * torch.arange(32) / 31)
+        self.register_buffer("positions", torch.cat([angle.sin(), angle.cos()], -1))  # (K, 64)
+        self.time = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64))
+        sizes, h = [obs_dim + 1, *args.score_condition_hidden], args.score_hidden
+        self.condition = mlp(sizes, nn.SiLU).append(nn.Linear(sizes[-1], 64))
+        self.inlet, self.outlet = nn.Linear(act_dim + 128, h), nn.Sequential(nn.SiLU(), nn.Linear(h, act_dim))
+        block = [lambda: nn.Dropout(0.1), lambda: nn.LayerNorm(h), lambda: nn.Linear(h, 4 * h), nn.SiLU]
+        block += [lambda: nn.Linear(4 * h, h)]
+        self.blocks = nn.ModuleList(nn.Sequential(*(m() for m in block)) for _ in range(args.score_blocks))
+
+    def forward(self, s: Tensor, a: Tensor, w: Tensor, k: Tensor) -> Tensor:
+        """Noise estimate (B, a) for states s (B, o), noised actions a (B, a), returns w (B,), levels k (B,) in 1..K."""
+        condition = self.condition(torch.cat([self.normalize(s), w[:, None]], -1))
+        h = self.inlet(torch.cat([a, condition, self.time(self.positions[k - 1])], -1))
+        for block in self.blocks:
+            h = h + block(h)
+        return self.outlet(h)
+
+    def score(self, s: Tensor, a: Tensor) -> Tensor:
+        """-eps(s, a, w=1, k=1) = sigma_1 grad_a log p(a | s, w=1), (B, a): the score in units of its noise."""
+        one = torch.ones(len(s), device=s.device)
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=bf16_is_fast(s.device)):
+            return -self(s, a, one, one.long()).float()
+
+
+class Agent(nn.Module):
+    """All that is trained from the offline phase on: one state_dict is the core of a checkpoint."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: SimpleNamespace):
+        super().__init__()
+        self.policy = Policy(obs_dim, act_dim, args.policy_hidden)
+        self.critic = Critics(args.num_critics, obs_dim, act_dim, args.critic_hidden, args.critic_activation)
+        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)  # offline: its average; then TD3's
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_temperature = nn.Parameter(torch.zeros(()))  # initial temperature 1 (SAC)
+        self.alpha_net = mlp([obs_dim, 256, 256]).append(dense(256, 1))  # alpha_psi(s) (Table 7); --alpha-mode learned
+        self.register_buffer("q_scale", torch.zeros(()))  # running mean |TD target|; --alpha-mode scaled
+
+
+def make_optimizers(agent: Agent, args: SimpleNamespace) -> dict[str, Muon]:
+    """Muon on the matrices between two hidden layers, Adam on input layers, heads and biases (Jordan's advice)."""
+    hidden = dict(critic=list(agent.critic.weights[1:-1]), policy=[layer.weight for layer in agent.policy.trunk[2::2]])
+    optimizers = dict(temperature=Muon([], [agent.log_temperature]))
+    for name in ("critic", "policy", "alpha_net"):
+        matrices = hidden.get(name, []) if args.optimizer == "muon" else []
+        others = [p for p in getattr(agent, name).parameters() if all(p is not m for m in matrices)]
+        optimizers[name] = Muon(matrices, others, scale=args.muon_scale)
+    return optimizers
+
+
+def set_learning_rates(optimizers: dict[str, Muon], args: SimpleNamespace, progress: float) -> None:
+    """Rates at `progress` (0 to 1) through the pretraining: those of critics and policy fall from its middle on."""
+    share = 1 + (args.lr_decay - 1) * max(0.0, 2 * progress - 1)
+    rates = dict(critic=share * args.critic_lr, policy=share * args.policy_lr)
+    rates |= dict(temperature=args.temperature_lr, alpha_net=1e-4)  # alpha_net's: Table 7
+    for name, group in ((k, group) for k, v in optimizers.items() for group in v.param_groups):
+        group["lr"].fill_(rates[name])
+
+
+# ==== losses
+def diffusion_loss(model: ScoreModel, s: Tensor, a: Tensor, w: Tensor) -> Tensor:
+    """E || eps - eps_omega(s, sqrt(abar_k) a + sqrt(1 - abar_k) eps, w, k) ||^2, k uniform (paper, Appendix J)."""
+    k = torch.randint(1, model.K + 1, (len(a),), device=a.device)
+    alpha_bar, eps = model.alpha_bar[k - 1, None], torch.randn_like(a)
+    return (eps - model(s, alpha_bar.sqrt() * a + (1 - alpha_bar).sqrt() * eps, w, k)).square().sum(-1).mean()
+
+
+def td_loss(q: Tensor, y: Tensor) -> Tensor:
+    """L_AC = E (Q_i(s, a) - y)^2, a mean over members and batch; q (N, B), y (B,)."""
+    return (q - y).square().mean()
+
+
+def score_matching_loss(action_gradient: Tensor, score: Tensor, alpha: Tensor) -> Tensor:
+    """L_SM = E || grad_a Q_i(s, a) - alpha score(s, a) ||^2, a sum over action dimensions, a mean over members and
+    batch (paper, 6.2). action_gradient (N, B, a), score (B, a), alpha () or (B, 1)."""
+    return (action_gradient - alpha * score).square().sum(-1).mean()
+
+
+def sac_policy_loss(q: Tensor, log_prob: Tensor, temperature: Tensor) -> Tensor:
+    """L_pi = E[temperature log pi(a|s) - min_i Q_i(s, a)], a ~ pi (paper, 6.2; minimum over all members as WSRL)."""
+    return (temperature * log_prob - q.min(0).values).mean()
+
+
+def temperature_loss(log_temperature: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """-log temperature E[log pi + target entropy] (SAC, arXiv 1812.05905; in the logarithm, as most code has it)."""
+    return -log_temperature * (log_prob.detach() + target_entropy).mean()
+
+
+def td3_policy_loss(q: Tensor, a_pi: Tensor, a: Tensor, bc_weight: float) -> Tensor:
+    """TD3: -E min_i Q_i. TD3+BC (bc_weight > 0): -Q / mean |Q| + bc_weight (pi(s) - a)^2, the scale without gradient,
+    the square a mean over dimensions (arXiv 2106.06860; their alpha = 2.5 is bc_weight 0.4)."""
+    q = q.min(0).values
+    return -q.mean() / q.abs().mean().detach() + bc_weight * (a_pi - a).square().mean() if bc_weight > 0 else -q.mean()
+
+
+def awr_policy_loss(log_prob: Tensor, q: Tensor, v: Tensor, awr_temperature: float) -> Tensor:
+    """-E[min(exp(awr_temperature (Q - V)), 100) log pi(a|s)] on the batch's actions (WSRL's form)."""
+    return -((awr_temperature * (q - v)).exp().clamp(max=100) * log_prob).mean()
+
+
+# ==== shared: gradient steps
+def descend(loss: Tensor, optimizer: Muon, retain_graph: bool = False) -> None:
+    """One step of `optimizer` on the gradient of `loss` for its own parameters, and for no others."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, g in zip(params, torch.autograd.grad(loss, params, retain_graph=retain_graph)):
+        p.grad = g
+    optimizer.step()
+
+
+@torch.no_grad()
+def follow(target: nn.Module, source: nn.Module, tau: float) -> None:
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def compiled(step, args: SimpleNamespace, device: torch.device):
+    """The update step under --compile: one graph with the optimisers in it, on a GPU one CUDA graph."""
+    if not args.compile:
+        return step
+    torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
+    torch._inductor.config.fallback_random = True  # the same random numbers as without
+    return torch.compile(step, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+# ==== updates
+class Updates:
+    """The update steps. Each takes replay rows and returns metrics as tensors, so that nothing waits for a GPU."""
+
+    def __init__(self, agent: Agent, model: ScoreModel, optimizers: dict, sizes: tuple, args: SimpleNamespace):
+        self.agent, self.model, self.optimizers, self.sizes, self.args = agent, model, optimizers, sizes, args
+        self.is_td3 = args.online_algorithm.startswith("td3")
+        device = agent.log_temperature.device
+        self.offline, self.online = compiled(self.offline, args, device), compiled(self.online, args, device)
+
+    @torch.no_grad()
+    def act(self, s: Tensor, explore: bool) -> Tensor:
+        """Actions for collecting: the stochastic policy's, or TD3's mean with noise."""
+        if not explore:
+            return self.agent.policy.sample(s)[0]
+        a = self.agent.policy.mode(s)
+        return (a + self.args.exploration_noise * torch.randn_like(a)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def td_target(self, r: Tensor, s_next: Tensor, terminal: Tensor, td3: bool) -> Tensor:
+        """y = r + gamma (1 - terminal) min_i Q'_i(s', a') over two random members (REDQ), (B,)."""
+        agent, args = self.agent, self.args
+        if td3:  # target policy smoothing (arXiv 1802.09477)
+            a_next = agent.policy_target.mode(s_next)
+            a_next = (a_next + (0.2 * torch.randn_like(a_next)).clamp(-0.5, 0.5)).clamp(-1, 1)
+        else:
+            a_next, log_pi = agent.policy.sample(s_next)
+        pair = torch.rand(args.num_critics, device=r.device).argsort()[:2]
+        q_next = agent.critic_target(s_next, a_next, pair).min(0).values
+        if args.backup_entropy and not td3:
+            q_next = q_next - agent.log_temperature.exp() * log_pi
+        return r.squeeze(1) + args.gamma * (1 - terminal.squeeze(1)) * q_next
+
+    def sac_policy(self, s: Tensor) -> dict[str, Tensor]:
+        a, log_pi = self.agent.policy.sample(s)
+        temperature = self.agent.log_temperature.detach().exp()
+        loss = sac_policy_loss(self.agent.critic(s, a), log_pi, temperature)
+        descend(loss, self.optimizers["policy"])
+        target_entropy = self.args.target_entropy_scale * a.size(1)
+        descend(temperature_loss(self.agent.log_temperature, log_pi, target_entropy), self.optimizers["temperature"])
+        return dict(policy_loss=loss.detach(), entropy=-log_pi.detach().mean(), temperature=temperature)
+
+    def offline(self, rows: Tensor) -> dict[str, Tensor]:
+        """Score-matched pretraining: L_SMAC = kappa L_SM + L_AC for the critics, then policy, temperature, targets."""
+        agent, args = self.agent, self.args
+        s, a, r, s_next, terminal, _ = rows.split(self.sizes, 1)
+        y, q = self.td_target(r, s_next, terminal, td3=False), agent.critic(s, a)
+        loss = td_loss(q, y)
+        metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0).mean())
+        if args.kappa > 0:
+            with torch.no_grad():  # B(A): half of the actions from the policy, half uniform (paper, 6.2)
+                half = len(s) // 2
+                a_B = torch.cat([agent.policy.sample(s[:half])[0], 2 * torch.rand_like(a[half:]) - 1])
+                score = self.model.score(s, a_B) * (1 if args.score_sign == "minus" else -1)
+                agent.q_scale.lerp_(y.abs().mean(), 0.005)
+            if args.alpha_mode == "learned":
+                alpha = agent.alpha_net(self.model.normalize(s))
+            else:
+                alpha = args.alpha_scale * (agent.q_scale if args.alpha_mode == "scaled" else torch.ones_like(r[0]))
+            sm_loss = score_matching_loss(action_gradient(agent.critic, s, a_B), score, alpha)
+            if args.alpha_mode == "learned":
+                descend(sm_loss, self.optimizers["alpha_net"], retain_graph=True)
+            loss = loss + args.kappa * sm_loss
+            metrics |= dict(sm_loss=sm_loss.detach(), alpha=alpha.detach().mean())
+        descend(loss, self.optimizers["critic"])
+        metrics |= self.sac_policy(s)
+        follow(agent.critic_target, agent.critic, args.tau)
+        follow(agent.policy_target, agent.policy, args.policy_average)
+        return metrics
+
+    def online(self, rows: Tensor, delayed: bool) -> dict[str, Tensor]:
+        """utd critic updates on equal parts of the batch, one policy update on all of it; TD3 moves its policy and its
+        targets only when `delayed` is true, every second time."""
+        agent, args = self.agent, self.args
+        for part in rows.chunk(args.utd):
+            s, a, r, s_next, terminal, _ = part.split(self.sizes, 1)
+            y, q = self.td_target(r, s_next, terminal, self.is_td3), agent.critic(s, a)
+            loss = td_loss(q, y)
+            metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0).mean())
+            descend(loss, self.optimizers["critic"])
+            if delayed or not self.is_td3:
+                follow(agent.critic_target, agent.critic, args.tau)
+        s, a, *_ = rows.split(self.sizes, 1)
+        if args.online_algorithm == "sac":
+            return metrics | self.sac_policy(s)
+        if args.online_algorithm == "awr":
+            with torch.no_grad():  # V(s) is the mean value of four policy actions
+                q = agent.critic(s, a).min(0).values
+                v = sum(agent.critic(s, agent.policy.sample(s)[0]).min(0).values for _ in range(4)) / 4
+            loss = awr_policy_loss(log_prob(agent.policy, s, a), q, v, args.awr_temperature)
+        elif delayed:
+            a_pi = agent.policy.mode(s)
+            bc_weight = args.bc_weight if args.online_algorithm == "td3+bc" else 0.0
+            loss = td3_policy_loss(agent.critic(s, a_pi), a_pi, a, bc_weight)
+        else:
+            return metrics
+        descend(loss, self.optimizers["policy"])
+        follow(agent.policy_target, agent.policy, args.tau)
+        return metrics | dict(policy_loss=loss.detach())
+
+    @torch.no_grad()
+    def identity(self, rows: Tensor) -> dict[str, Tensor]:
+        """Cosine between grad_a Q, a mean over members, and the score on data, policy and uniform actions (App. F)."""
+        s, a, *_ = rows.split(self.sizes, 1)
+        actions = dict(data=a, policy=self.agent.policy.sample(s)[0], uniform=2 * torch.rand_like(a) - 1)
+        q_gradient = {k: action_gradient(self.agent.critic, s, b).mean(0) for k, b in actions.items()}
+        score = {k: self.model.score(s, b) for k, b in actions.items()}
+        return {f"cosine_{k}": F.cosine_similarity(q_gradient[k], score[k]).mean() for k in actions}
+
+
+# ==== main
+def adopt(state: dict[str, Tensor], act_dim: int) -> dict[str, Tensor]:
+    """The `agent` of another script's checkpoint as SMAC's: the policy's deterministic actions stay exactly as they
+    were. TD3+BC's policy has no deviation and gets TD3's exploration noise, 0.1; IQL's is one free vector. Where there
+    is no temperature SAC starts at its own, 1 (docs/checkpoint.md)."""
+    for part in [p for p in ("policy", "policy_target") if len(state.get(f"{p}.head.bias", ())) == act_dim]:
+        weight, bias = state[f"{part}.head.weight"], state[f"{part}.head.bias"]
+        log_std = state.get("policy.log_std", torch.full((act_dim,), math.log(0.1)))
+        state |= {f"{part}.head.weight": torch.cat([weight, torch.zeros_like(weight)])}
+        state |= {f"{part}.head.bias": torch.cat([bias, log_std])}
+    return state
+
+
+def main() -> None:
+    args = parse_flags()
+    inputs = set_up(args)
+    dataset, replay, env, device = inputs.dataset, inputs.replay, inputs.env, inputs.device
+    obs_dim, act_dim = replay.sizes[:2]
     agent, model = Agent(obs_dim, act_dim, args).to(device), ScoreModel(obs_dim, act_dim, args).to(device)
-    if dataset is not None:
-        s, a, w = (torch.as_tensor(data[k], device=device) for k in ("observations", "actions", "w"))
+    if from_scratch := dataset is None:
+        a = s = w = torch.zeros(0)
+    else:
+        s, a, w = (torch.as_tensor(inputs.data[k], device=device) for k in ("observations", "actions", "w"))
         w = w if args.score_return else torch.ones_like(w)
         normalized = [m for m in agent.children() if isinstance(m, Normalized) and args.normalize_observations]
         for module in [model, *normalized]:
             module.mean.copy_(s.mean(0)), module.std.copy_(s.std(0) + 1e-3)
     average = copy.deepcopy(model).eval().requires_grad_(False)  # of the weights: what the score is asked of
     fit, optimizers = torch.optim.Adam(model.parameters(), args.score_lr, fused=True), make_optimizers(agent, args)
-    replay = Replay(max(args.online_steps, 1), obs_dim, act_dim, device)
     updates = Updates(agent, average, optimizers, replay.sizes, args)
     networks = dict(agent=agent, score_model=average, **optimizers)
     if args.init_from is not None and args.resume is None:
-        start, rates = read_checkpoint(args.init_from), {k: v.param_groups[0]["lr"] for k, v in optimizers.items()}
+        start = read_checkpoint(args.init_from)
         try:
-            for name in networks if start["args"]["algorithm"] == "smac" else ("agent",):
-                networks[name].load_state_dict(start[name])
+            if start["args"]["algorithm"] == "smac":
+                for name, part in networks.items():
+                    part.load_state_dict(start[name])
+            else:
+                ours, theirs = agent.state_dict(), adopt(start["agent"], act_dim)
+                agent.load_state_dict(ours | {k: theirs[k] for k in ours if k in theirs})
         except (KeyError, RuntimeError, ValueError) as e:
             raise BadInput(f"{args.init_from} does not fit the task or the flags ({e}).") from e
-        for name, group in ((k, group) for k, v in optimizers.items() for group in v.param_groups):
-            group["lr"] = rates[name]  # an optimiser's state brings the old ones along; the flags decide
-    run = Run(args, "smac", networks | dict(model=model, fit=fit, replay=replay, env=env), device)
+    run = Run(args, "smac", inputs, networks, dict(model=model, fit=fit, replay=replay, env=env))
 
     # ---- phase 1: the score of the dataset's actions
     for step in run.steps("score", 0 if from_scratch or args.init_from else args.score_steps):
@@ -1070,42 +1153,38 @@ def main() -> None:
             loss.backward()
             fit.step()
             follow(average, model, max(1e-3, 1 / (step + 1)))  # IDQL's rate, faster at the start
+            average.fitted.fill_(True)
         if run.due(args.log_every):
             run.log(dict(loss=loss.detach()), "loss")
 
     # ---- phase 2: score-matched pretraining
     for step in run.steps("offline", 0 if args.init_from else args.offline_steps):
         if step == 0:
-            run.evaluate("offline", 0, agent.policy, eval_envs)
+            run.evaluate("offline", 0, agent.policy)
         with run.clock("update"):
+            set_learning_rates(optimizers, args, step / args.offline_steps)
             metrics = updates.offline(dataset.sample(args.offline_batch_size))
         if run.due(args.log_every):
             run.log(metrics | updates.identity(dataset.sample(256)), "q", "cosine_data", "entropy")
         if run.due(args.eval_every):
-            run.evaluate("offline", step + 1, agent.policy_target, eval_envs)
+            run.evaluate("offline", step + 1, agent.policy_target)
         if step + 1 == args.offline_steps:
             agent.policy.load_state_dict(agent.policy_target.state_dict())
             run.save("offline.pt", networks)
 
     # ---- phase 3: a plain online algorithm
+    set_learning_rates(optimizers, args, 0.0 if from_scratch else 1.0)
     from_dataset = round(args.offline_fraction * args.online_batch_size)
     for step in run.steps("online", 0 if args.online_algorithm == "none" else args.online_steps):
         if step == 0:
-            run.evaluate("online", 0, agent.policy, eval_envs)
-            run.save("best.pt", networks)
+            run.evaluate("online", 0, agent.policy)
         with run.clock("environment"):
-            obs, warm = env.obs, step >= args.warmup_steps
+            warm = step >= args.warmup_steps
             if from_scratch and not warm:
-                action = 2 * torch.rand(act_dim).numpy() - 1
+                action = 2 * torch.rand(act_dim) - 1
             else:
-                s_now = torch.as_tensor(obs, device=device)[None]
-                action = updates.act(s_now, updates.is_td3 and warm)[0].cpu().numpy()
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            # easy to overlook: a time-out is no terminal, and s' is this episode's last state, not the next one's first
-            r, cut = task.scale * reward + task.bias, truncated and not terminated
-            replay.add(obs, action, r, next_obs, terminated, cut)
-            if terminated or truncated:
-                env.reset(seed=episode_seed(args.seed, TRAINING, replay.added))
+                action = updates.act(torch.as_tensor(env.obs, device=device)[None], updates.is_td3 and warm)[0]
+            collect(env, action.cpu().numpy(), replay, args.seed)
         if warm:
             with run.clock("update"):
                 rows = replay.sample(args.online_batch_size - from_dataset)
@@ -1113,23 +1192,11 @@ def main() -> None:
                     rows = torch.cat([rows, dataset.sample(from_dataset)])[torch.randperm(args.online_batch_size)]
                 metrics = updates.online(rows, step % 2 == 0)
             if run.due(args.log_every):
-                run.log(metrics | ({} if from_scratch else updates.identity(rows[:256])), "q", "td_loss")
+                run.log(metrics | (updates.identity(rows[:256]) if average.fitted else {}), "q", "td_loss")
         if run.due(args.eval_every):
-            score = run.evaluate("online", step + 1, agent.policy, eval_envs)
-            if score >= max(x for phase, _, x in run.evaluations if phase == "online"):
-                run.save("best.pt", networks)
-            run.ended = args.stop_at_score is not None and score >= args.stop_at_score
+            run.evaluate("online", step + 1, agent.policy)
 
-    run.evaluate("final", run.total, agent.policy, [TaskEnv(task) for _ in range(args.final_episodes)], FINAL)
-    if args.save_replay is not None:
-        about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=args.seed, env_id=task.env_id)
-        replay.write(args.save_replay, task, **about)
-    run.report(dataset_score)
-    if args.capture_video:
-        camera = TaskEnv(task, render_mode="rgb_array")
-        video = gym.wrappers.RecordVideo(camera, f"{run.path}/video", lambda episode: True)
-        evaluate(agent.policy, [video], [episode_seed(args.seed, FINAL, 0)])
-        video.close()
+    run.finish(agent.policy, replay)
 
 
 if __name__ == "__main__":

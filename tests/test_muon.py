@@ -112,7 +112,8 @@ def test_the_others_get_torch_adam_exactly():
     shapes = [(6, 4), (5,), ()]
     ours, theirs, all_gradients = parameters(*shapes), parameters(*shapes), gradients(*shapes)
     train(Muon([], ours, lr=0.01, betas=(0.8, 0.99), eps=1e-6), ours, all_gradients)
-    train(torch.optim.Adam(theirs, 0.01, (0.8, 0.99), 1e-6, fused=True), theirs, all_gradients)
+    lr = torch.tensor(0.01)
+    train(torch.optim.Adam(theirs, lr, (0.8, 0.99), 1e-6, fused=True), theirs, all_gradients)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 

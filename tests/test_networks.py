@@ -35,7 +35,7 @@ def test_sample_has_the_log_density_of_a_tanh_gaussian():
 def test_log_prob_of_given_actions_is_a_tanh_gaussians():
     policy, s, reference = policy_and_reference()
     a = 1.98 * torch.rand(BATCH, ACT, dtype=torch.double) - 0.99
-    torch.testing.assert_close(policy.log_prob(s, a), reference.log_prob(a).sum(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(smac.log_prob(policy, s, a), reference.log_prob(a).sum(-1), rtol=1e-6, atol=1e-6)
 
 
 def test_samples_have_the_mean_and_deviation_of_the_network():
@@ -51,7 +51,7 @@ def test_log_densities_and_gradients_are_finite_at_saturated_actions(mean):
     policy, s, _ = policy_and_reference(mean_bias=mean)
     policy, s = policy.float(), s.float()
     a, log_prob = policy.sample(s)
-    given = policy.log_prob(s, torch.full((BATCH, ACT), math.copysign(1.0, mean)))
+    given = smac.log_prob(policy, s, torch.full((BATCH, ACT), math.copysign(1.0, mean)))
     gradients = torch.autograd.grad(log_prob.sum() + given.sum() + a.sum(), list(policy.parameters()))
     assert all(x.isfinite().all() for x in (log_prob, given, *gradients))
 
@@ -106,7 +106,7 @@ def test_action_gradient_is_autograds(activation):
     module.mean.normal_(), module.std.uniform_(0.5, 2)
     a.requires_grad_()
     expected = torch.stack([torch.autograd.grad(q.sum(), a, retain_graph=True)[0] for q in module(s, a)])
-    torch.testing.assert_close(module.action_gradient(s, a), expected)
+    torch.testing.assert_close(smac.action_gradient(module, s, a), expected)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
@@ -115,7 +115,7 @@ def test_score_matching_gradient_is_double_backwards(activation):
     module, s, a = critics(activation, double=False)
     score, a_, weights = torch.randn(BATCH, ACT), a.clone().requires_grad_(), list(module.parameters())
     g = torch.stack([torch.autograd.grad(q.sum(), a_, create_graph=True)[0] for q in module(s, a_)])
-    losses = [smac.score_matching_loss(g, score, torch.tensor(0.5)) for g in (module.action_gradient(s, a), g)]
+    losses = [smac.score_matching_loss(g, score, torch.tensor(0.5)) for g in (smac.action_gradient(module, s, a), g)]
     ours, reference = (torch.autograd.grad(loss, weights, allow_unused=True) for loss in losses)
     torch.testing.assert_close(*losses)
     for x, y, w in zip(ours, reference, weights):
@@ -212,7 +212,8 @@ def small(**flags):
     random = [torch.randn(BATCH, size).clamp(-1, 1).numpy() for size in replay.sizes]
     random[4][:] = random[5][:] = 0
     replay.add(*random)
-    return agent, smac.Updates(agent, model, smac.make_optimizers(agent, args), replay.sizes, args), replay.rows
+    smac.set_learning_rates(optimizers := smac.make_optimizers(agent, args), args, 0.0)
+    return agent, smac.Updates(agent, model, optimizers, replay.sizes, args), replay.rows
 
 
 def moved(agent, update):
@@ -225,7 +226,7 @@ def moved(agent, update):
 def test_descend_touches_only_its_own_optimisers_parameters():
     agent, updates, _ = small()
     s, a = torch.randn(BATCH, OBS), torch.rand(BATCH, ACT)
-    loss = agent.critic(s, agent.policy.mode(s)).mean() + agent.policy.log_prob(s, a).mean()
+    loss = agent.critic(s, agent.policy.mode(s)).mean() + smac.log_prob(agent.policy, s, a).mean()
     assert moved(agent, lambda: smac.descend(loss, updates.optimizers["policy"])) == {"policy"}
     assert all(p.grad is None for p in agent.critic.parameters())
 
