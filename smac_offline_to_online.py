@@ -102,7 +102,9 @@ class OfflineFlags:
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the target critics
     lr_decay: float = 1.0  # over the second half both fall linearly to this share, and stay there online (ours)
-    policy_average: float = 0.001  # rate of the policy's running average: what is evaluated and handed over (ours)
+    policy_average: float = (
+        0.001  # rate of the running average of policies, which acts and is evaluated; 1: none (ours)
+    )
     kappa: float = 40.0  # weight of the score-matching loss
     alpha_mode: Literal["scaled", "fixed", "learned"] = "scaled"  # alpha_scale E|Q|; alpha_scale; the paper's alpha(s)
     alpha_scale: float = 0.015  # see alpha_mode (ours, measured in docs/smac.md)
@@ -141,7 +143,8 @@ ROWS = {
     | dict(online_steps=20_000, warmup_steps=2_000, online_batch_size=128, eval_every=2_500, eval_episodes=10),
     "from-scratch": dict(num_critics=2, critic_hidden=(256, 256), critic_activation="relu", policy_hidden=(256, 256))
     | dict(policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0, backup_entropy=True, optimizer="adam")
-    | dict(online_steps=1_000_000, online_batch_size=256, offline_fraction=0.0, eval_every=5_000, eval_episodes=10),
+    | dict(policy_average=1.0, online_steps=1_000_000, online_batch_size=256, offline_fraction=0.0)
+    | dict(eval_every=5_000, eval_episodes=10),
 }
 NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "optimizer", "muon_scale")
 NETWORK_FLAGS += ("score_hidden", "score_blocks", "score_condition_hidden")
@@ -898,7 +901,8 @@ class Agent(nn.Module):
         super().__init__()
         self.policy = Policy(obs_dim, act_dim, args.policy_hidden)
         self.critic = Critics(args.num_critics, obs_dim, act_dim, args.critic_hidden, args.critic_activation)
-        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)  # offline: its average; then TD3's
+        self.policy_average = copy.deepcopy(self.policy).requires_grad_(False)  # acts, offline and online
+        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)  # for TD3's targets
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))  # initial temperature 1 (SAC)
         self.alpha_net = mlp([obs_dim, 256, 256]).append(dense(256, 1))  # alpha_psi(s) (Table 7); --alpha-mode learned
@@ -1003,8 +1007,8 @@ class Updates:
     def act(self, s: Tensor, explore: bool) -> Tensor:
         """Actions for collecting: the stochastic policy's, or TD3's mean with noise."""
         if not explore:
-            return self.agent.policy.sample(s)[0]
-        a = self.agent.policy.mode(s)
+            return self.agent.policy_average.sample(s)[0]
+        a = self.agent.policy_average.mode(s)
         return (a + self.args.exploration_noise * torch.randn_like(a)).clamp(-1, 1)
 
     @torch.no_grad()
@@ -1056,8 +1060,12 @@ class Updates:
         descend(loss, self.optimizers["critic"])
         metrics |= self.sac_policy(s)
         follow(agent.critic_target, agent.critic, args.tau)
-        follow(agent.policy_target, agent.policy, args.policy_average)
+        self.follow_policy()
         return metrics
+
+    def follow_policy(self) -> None:
+        follow(self.agent.policy_target, self.agent.policy, self.args.tau)
+        follow(self.agent.policy_average, self.agent.policy, self.args.policy_average)
 
     def online(self, rows: Tensor, delayed: bool) -> dict[str, Tensor]:
         """utd critic updates on equal parts of the batch, one policy update on all of it; TD3 moves its policy and its
@@ -1073,7 +1081,9 @@ class Updates:
                 follow(agent.critic_target, agent.critic, args.tau)
         s, a, *_ = rows.split(self.sizes, 1)
         if args.online_algorithm == "sac":
-            return metrics | self.sac_policy(s)
+            metrics |= self.sac_policy(s)
+            self.follow_policy()
+            return metrics
         if args.online_algorithm == "awr":
             with torch.no_grad():  # V(s) is the mean value of four policy actions
                 q = agent.critic(s, a).min(0).values
@@ -1086,7 +1096,7 @@ class Updates:
         else:
             return metrics
         descend(loss, self.optimizers["policy"])
-        follow(agent.policy_target, agent.policy, args.tau)
+        self.follow_policy()
         return metrics | dict(policy_loss=loss.detach())
 
     @torch.no_grad()
@@ -1104,12 +1114,13 @@ def adopt(state: dict[str, Tensor], act_dim: int) -> dict[str, Tensor]:
     """The `agent` of another script's checkpoint as SMAC's: the policy's deterministic actions stay exactly as they
     were. TD3+BC's policy has no deviation and gets TD3's exploration noise, 0.1; IQL's is one free vector. Where there
     is no temperature SAC starts at its own, 1 (docs/checkpoint.md)."""
-    for part in [p for p in ("policy", "policy_target") if len(state.get(f"{p}.head.bias", ())) == act_dim]:
-        weight, bias = state[f"{part}.head.weight"], state[f"{part}.head.bias"]
-        log_std = state.get("policy.log_std", torch.full((act_dim,), math.log(0.1)))
-        state |= {f"{part}.head.weight": torch.cat([weight, torch.zeros_like(weight)])}
-        state |= {f"{part}.head.bias": torch.cat([bias, log_std])}
-    return state
+    policy = {k[7:]: v for k, v in state.items() if k.startswith("policy.")}
+    if len(policy["head.bias"]) == act_dim:
+        log_std = policy.pop("log_std", torch.full((act_dim,), math.log(0.1)))
+        policy["head.weight"] = torch.cat([policy["head.weight"], torch.zeros_like(policy["head.weight"])])
+        policy["head.bias"] = torch.cat([policy["head.bias"], log_std])
+    copies = [{f"{name}.{k}": v for k, v in policy.items()} for name in ("policy", "policy_average", "policy_target")]
+    return state | copies[0] | copies[1] | copies[2]
 
 
 def main() -> None:
@@ -1160,16 +1171,15 @@ def main() -> None:
     # ---- phase 2: score-matched pretraining
     for step in run.steps("offline", 0 if args.init_from else args.offline_steps):
         if step == 0:
-            run.evaluate("offline", 0, agent.policy)
+            run.evaluate("offline", 0, agent.policy_average)
         with run.clock("update"):
             set_learning_rates(optimizers, args, step / args.offline_steps)
             metrics = updates.offline(dataset.sample(args.offline_batch_size))
         if run.due(args.log_every):
             run.log(metrics | updates.identity(dataset.sample(256)), "q", "cosine_data", "entropy")
         if run.due(args.eval_every):
-            run.evaluate("offline", step + 1, agent.policy_target)
+            run.evaluate("offline", step + 1, agent.policy_average)
         if step + 1 == args.offline_steps:
-            agent.policy.load_state_dict(agent.policy_target.state_dict())
             run.save("offline.pt", networks)
 
     # ---- phase 3: a plain online algorithm
@@ -1177,7 +1187,7 @@ def main() -> None:
     from_dataset = round(args.offline_fraction * args.online_batch_size)
     for step in run.steps("online", 0 if args.online_algorithm == "none" else args.online_steps):
         if step == 0:
-            run.evaluate("online", 0, agent.policy)
+            run.evaluate("online", 0, agent.policy_average)
         with run.clock("environment"):
             warm = step >= args.warmup_steps
             if from_scratch and not warm:
@@ -1194,9 +1204,9 @@ def main() -> None:
             if run.due(args.log_every):
                 run.log(metrics | (updates.identity(rows[:256]) if average.fitted else {}), "q", "td_loss")
         if run.due(args.eval_every):
-            run.evaluate("online", step + 1, agent.policy)
+            run.evaluate("online", step + 1, agent.policy_average)
 
-    run.finish(agent.policy, replay)
+    run.finish(agent.policy_average, replay)
 
 
 if __name__ == "__main__":

@@ -254,27 +254,42 @@ def test_each_loss_moves_its_own_network(idle, expected, monkeypatch):
     agent, updates, rows = small()
     monkeypatch.setattr(updates.optimizers[idle], "step", lambda: None)
     names = moved(agent, lambda: updates.offline(rows))
-    assert names - {"policy_target"} == expected | {"log_temperature"}
-    assert "policy_target" not in names or "policy" in names
+    averages = {"policy_target", "policy_average"}
+    assert names - averages == expected | {"log_temperature"}
+    assert averages <= names or "policy" not in names
+
+
+ALL = {"critic", "critic_target", "policy", "policy_target", "policy_average"}
 
 
 @pytest.mark.parametrize(
     "algorithm, delayed, expected",
     [
-        ("sac", True, {"critic", "critic_target", "policy", "log_temperature"}),
-        ("sac", False, {"critic", "critic_target", "policy", "log_temperature"}),
-        ("td3", True, {"critic", "critic_target", "policy", "policy_target"}),
+        ("sac", True, ALL | {"log_temperature"}),
+        ("sac", False, ALL | {"log_temperature"}),
+        ("td3", True, ALL),
         ("td3", False, {"critic"}),
-        ("td3+bc", True, {"critic", "critic_target", "policy", "policy_target"}),
+        ("td3+bc", True, ALL),
         ("td3+bc", False, {"critic"}),
-        ("awr", True, {"critic", "critic_target", "policy"}),
-        ("awr", False, {"critic", "critic_target", "policy"}),
+        ("awr", True, ALL),
+        ("awr", False, ALL),
     ],
 )
 def test_what_an_online_update_moves(algorithm, delayed, expected):
     agent, updates, rows = small(online_algorithm=algorithm)
-    unused = set() if algorithm.startswith("td3") else {"policy_target"}
-    assert moved(agent, lambda: updates.online(rows, delayed)) - unused == expected
+    assert moved(agent, lambda: updates.online(rows, delayed)) == expected
+
+
+def test_the_average_of_policies_acts():
+    agent, updates, rows = small(policy_average=0.1)
+    old = [p.clone() for p in agent.policy_average.parameters()]
+    updates.online(rows, True)
+    for before, after, policy in zip(old, agent.policy_average.parameters(), agent.policy.parameters()):
+        torch.testing.assert_close(after, before + 0.1 * (policy.detach() - before))
+    agent.policy_average.head.bias[:ACT] = 9.0
+    agent.policy_average.head.bias[ACT:] = -9.0
+    s = rows.split(updates.sizes, 1)[0]
+    assert (updates.act(s, explore=False) > 0.9).all() and (agent.policy.mode(s) < 0.9).all()
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
