@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
         if scale not in ("rms", "spectral"):
             raise ValueError(f'scale is "rms" or "spectral", not {scale!r}.')
         groups = [{"params": matrices, "muon": True}] if matrices else []
-        groups += [{"params": others, "muon": False}] if others else []
+        groups += [{"params": others, "muon": False, "fused": True}] if others else []  # fused: step is on its device
         self.polynomial = polynomial
         super().__init__(groups, dict(lr=lr, momentum=momentum, scale=scale, betas=betas, eps=eps))
         # The whole state exists from the start: a checkpoint always has the same keys, and CUDA graphs fixed addresses.
@@ -96,6 +96,11 @@ class Muon(torch.optim.Optimizer):
                 else:
                     self.state[p]["step"] = torch.zeros((), device=p.device)
                     self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:  # torch moves the state to the parameters' device, but not this
+            group["lr"] = group["lr"].to(group["params"][0].device)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -101,7 +101,6 @@ class OfflineFlags:
     target_entropy_scale: float = -10.0  # target entropy per action dimension
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the target critics
-    lr_decay: float = 1.0  # over the second half both fall linearly to this share, and stay there online (ours)
     policy_average: float = (
         0.001  # rate of the running average of policies, which acts and is evaluated; 1: none (ours)
     )
@@ -921,13 +920,11 @@ def make_optimizers(agent: Agent, args: SimpleNamespace) -> dict[str, Muon]:
     return optimizers
 
 
-def set_learning_rates(optimizers: dict[str, Muon], args: SimpleNamespace, progress: float) -> None:
-    """Rates at `progress` (0 to 1) through the pretraining: those of critics and policy fall from its middle on."""
-    share = 1 + (args.lr_decay - 1) * max(0.0, 2 * progress - 1)
-    rates = dict(critic=share * args.critic_lr, policy=share * args.policy_lr)
-    rates |= dict(temperature=args.temperature_lr, alpha_net=1e-4)  # alpha_net's: Table 7
+def set_learning_rates(optimizers: dict[str, Muon], args: SimpleNamespace) -> None:
+    """The flags' rates; an optimiser's state from --init-from brings its own along."""
+    rates = dict(critic=args.critic_lr, policy=args.policy_lr, temperature=args.temperature_lr, alpha_net=1e-4)
     for name, group in ((k, group) for k, v in optimizers.items() for group in v.param_groups):
-        group["lr"].fill_(rates[name])
+        group["lr"].fill_(rates[name])  # alpha_net's: Table 7
 
 
 # ==== losses
@@ -1153,6 +1150,7 @@ def main() -> None:
                 agent.load_state_dict(ours | {k: theirs[k] for k in ours if k in theirs})
         except (KeyError, RuntimeError, ValueError) as e:
             raise BadInput(f"{args.init_from} does not fit the task or the flags ({e}).") from e
+    set_learning_rates(optimizers, args)
     run = Run(args, "smac", inputs, networks, dict(model=model, fit=fit, replay=replay, env=env))
 
     # ---- phase 1: the score of the dataset's actions
@@ -1174,7 +1172,6 @@ def main() -> None:
         if step == 0:
             run.evaluate("offline", 0, agent.policy_average)
         with run.clock("update"):
-            set_learning_rates(optimizers, args, step / args.offline_steps)
             metrics = updates.offline(dataset.sample(args.offline_batch_size))
         if run.due(args.log_every):
             run.log(metrics | updates.identity(dataset.sample(256)), "q", "cosine_data", "entropy")
@@ -1184,7 +1181,6 @@ def main() -> None:
             run.save("offline.pt", networks)
 
     # ---- phase 3: a plain online algorithm
-    set_learning_rates(optimizers, args, 0.0 if from_scratch else 1.0)
     from_dataset = round(args.offline_fraction * args.online_batch_size)
     for step in run.steps("online", 0 if args.online_algorithm == "none" else args.online_steps):
         if step == 0:
@@ -1201,7 +1197,7 @@ def main() -> None:
                 rows = replay.sample(args.online_batch_size - from_dataset)
                 if from_dataset > 0:  # shuffled, for utd > 1 cuts the batch into parts
                     rows = torch.cat([rows, dataset.sample(from_dataset)])[torch.randperm(args.online_batch_size)]
-                metrics = updates.online(rows, step % 2 == 0)
+                metrics = updates.online(rows, run.due(2))
             if run.due(args.log_every):
                 run.log(metrics | (updates.identity(rows[:256]) if average.fitted else {}), "q", "td_loss")
         if run.due(args.eval_every):

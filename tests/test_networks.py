@@ -212,7 +212,7 @@ def small(**flags):
     random = [torch.randn(BATCH, size).clamp(-1, 1).numpy() for size in replay.sizes]
     random[4][:] = random[5][:] = 0
     replay.add(*random)
-    smac.set_learning_rates(optimizers := smac.make_optimizers(agent, args), args, 0.0)
+    smac.set_learning_rates(optimizers := smac.make_optimizers(agent, args), args)
     return agent, smac.Updates(agent, model, optimizers, replay.sizes, args), replay.rows
 
 
