@@ -1,6 +1,5 @@
 """The files agree with each other."""
 
-import importlib.util
 import itertools
 import re
 import shlex
@@ -76,12 +75,3 @@ def test_the_page_on_checkpoints_names_what_is_in_them(reference):
     parts = {".".join(key.split(".")[:2]) for key in load(reference / "last.pt")["agent"]}
     known = set(re.findall(r"`([a-z_]+(?:\.\w+)?)", text))
     assert [part for part in parts if part not in known and part.split(".")[0] + ".*" not in text] == []
-
-
-def test_the_ablations_are_commands_of_the_script():
-    spec = importlib.util.spec_from_file_location("ablations", ROOT / "experiments" / "ablations.py")
-    ablations = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = ablations  # its dataclass asks for its module
-    spec.loader.exec_module(ablations)
-    for flags in ablations.VARIANTS.values():
-        parse(*flags)
