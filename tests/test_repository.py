@@ -1,18 +1,20 @@
 """The files agree with each other."""
 
+import dataclasses
+import importlib
 import itertools
 import re
 import shlex
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import shared_blocks
-from helpers import ROOT, load, parse
+from helpers import ROOT, load
 from shared_blocks import SCRIPTS, blocks
 
 PAGES = sorted(p for folder in (".", "docs", "data", "experiments") for p in (ROOT / folder).glob("*.md"))
-README = ROOT / "README.md"
 
 
 def dependencies(script):
@@ -51,16 +53,19 @@ def test_copies_are_rewritten_from_one_script(tmp_path, monkeypatch):
     assert other.read_text() == "head\n# ==== shared: c\n3\n# ==== own\n4\n"
 
 
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
-def test_the_readmes_commands_exist():
-    commands = re.findall(r"^\s*(?:\$ )?python (\S+\.py.*)$", README.read_text(), re.MULTILINE)
-    assert commands
-    names = {f"--{name.replace('_', '-')}" for name in vars(parse())} | {"--help"}
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_pages_commands_exist(page):
+    text = page.read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\s*(?:\$ |`)?python (\S+\.py.*?)`?$", text, re.MULTILINE)
+    assert commands or page.name != "README.md" or page.parent != ROOT
     for command in commands:
         script, *words = shlex.split(command, comments=True)
         assert (ROOT / script).is_file(), command
-        if script == "smac_offline_to_online.py":
-            assert {word.split("=")[0] for word in words if word.startswith("--")} <= names, command
+        if ROOT / script in SCRIPTS:
+            groups = importlib.import_module(Path(script).stem).GROUPS.values()
+            known = {f"--{f.name.replace('_', '-')}" for group in groups for f in dataclasses.fields(group)}
+            given = {word.split("=")[0].replace("--no-", "--") for word in words if word.startswith("--")}
+            assert given <= known | {"--help"}, command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,0 +1,1095 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]>=1.1", "gymnasium-robotics>=1.4", "mujoco>=3.3,<3.11",
+#     "tyro>=1.0", "numpy>=2.0", "h5py>=3.11", "minari>=0.5.3", "tqdm>=4.66", "tensorboard>=2.17", "matplotlib>=3.9"]
+# ///
+"""Cal-QL (Nakamoto et al., arXiv 2303.05479) and, with --no-calibrate, CQL (arXiv 2006.04779): offline, then online.
+
+    python cal_ql.py                                              # CQL on the embedded Hopper data, CPU
+    python cal_ql.py --task door-binary-v0                        # Cal-QL on binary Adroit
+    python cal_ql.py --init-from runs/NAME/offline.pt             # the online phase alone
+    python smac_offline_to_online.py --init-from runs/NAME/offline.pt --online-algorithm sac    # plain SAC from there
+    python cal_ql.py --resume runs/hopper-embedded__cal_ql__0__20260101-120000
+
+SAC whose critics also learn to be low on actions that the policy would take and high on the data's. Cal-QL lowers them
+no further than G, the return that the data's trajectory collected from that state on. Both go on unchanged online, with
+half of each batch from the dataset; a trajectory is collected whole, then come as many updates as it has steps.
+Deviations from the official code, more in docs/cal_ql.md: the critics step before the policy does (there all losses
+are taken at the old weights); both are initialised as WSRL's, and the policy's deviation is exp of its output. On
+locomotion and on the embedded data the default is CQL, as in the SMAC paper (arXiv 2602.17632).
+"""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import importlib.util
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from muon import Muon
+
+
+# ==== shared: flags of a run
+@dataclass
+class RunFlags:
+    task: str = "hopper-embedded"  # hopper-medium-replay-v2, door-binary-v0, ...; a wrong name lists all. Sets defaults
+    seed: int = 0  # of networks, batches, exploration, training and evaluation episodes
+    resume: Path | None = None  # run folder to go on with, exactly where its last.pt stands; its flags are the defaults
+    dataset: str | None = None  # D4RL-layout HDF5, or minari:ID; else the task's own, from $D4RL_DATASET_DIR or ~/.d4rl
+    init_from: Path | None = None  # an offline.pt: its networks go straight to the online phase
+    runs_dir: Path = Path("runs")  # where run folders are made
+    device: str = "auto"  # auto: cuda where there is one; else cpu, cuda:1, ...
+    torch_threads: int = 1  # CPU threads. Matrices this small gain little from more: better start one run a core
+    compile: bool = False  # compile the update steps (takes a minute; CUDA graphs on a GPU); needs a C++ compiler
+    checkpoint_every: int = 10_000  # steps between checkpoints; one more at a phase's end, on Ctrl-C and on SIGTERM
+    keep_every: int | None = None  # also keep the networks every so many steps, as offline-5000.pt (for landscapes)
+    log_every: int = 500  # steps between rows of metrics.csv and TensorBoard
+    eval_every: int = 10_000  # steps between evaluations, offline and online
+    eval_episodes: int = 20  # episodes an evaluation, deterministic policy, the same starts each time (WSRL: 20)
+    final_episodes: int = 50  # episodes of the last evaluation, from starts that no earlier one used
+    save_replay: Path | None = None  # write all that the online phase collected to this file, in D4RL's layout
+    stop_at_score: float | None = None  # end the run at the first online evaluation with this mean score
+    track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_MODE=offline works)
+    capture_video: bool = False  # film an episode of the final policy (needs moviepy; no screen: MUJOCO_GL=egl)
+
+
+# ==== flags: a default without a source is WSRL's locomotion_cql (zhouzypaul/wsrl); ROWS has its other tasks
+@dataclass
+class ConservativeFlags:
+    calibrate: bool = False  # Cal-QL: no policy action is pushed below the return-to-go G; without: CQL
+    cql_alpha: float = 5.0  # weight of the conservative term
+    cql_actions: int = 10  # actions a state of each kind: uniform, the policy's, the policy's at the next state
+    importance_sampling: bool = True  # log-sum-exp of Q - log density; without: of Q, the data's action included
+    max_target_backup: bool = True  # TD target: the best of cql_actions next actions; without: a single one
+    lagrange: bool = False  # a learned multiplier of cql_alpha holds the gap at target_gap (official: antmaze only)
+    target_gap: float = 0.8  # lagrange: the conservative gap at which the multiplier stands still (official, antmaze)
+
+
+@dataclass
+class OfflineFlags:
+    offline_steps: int = 250_000  # updates
+    offline_batch_size: int = 256  # transitions
+    num_critics: int = 2  # TD target and policy take the minimum of all
+    critic_hidden: tuple[int, ...] = (256, 256)  # hidden layers
+    critic_activation: Literal["tanh", "relu"] = "relu"  # of the hidden layers
+    policy_hidden: tuple[int, ...] = (256, 256)  # hidden layers, relu
+    normalize_observations: bool = False  # by the dataset's mean and deviation, in policy and critics
+    critic_lr: float = 3e-4  # also of the Lagrange multiplier
+    policy_lr: float = 1e-4
+    temperature_lr: float = 1e-4  # on the log temperature
+    target_entropy_scale: float = -1.0  # target entropy per action dimension (SAC)
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # Polyak rate of the target critics
+    optimizer: Literal["muon", "adam"] = "adam"  # muon: hidden matrices of critics and policy on Muon, the rest on Adam
+    muon_scale: Literal["rms", "spectral"] = "rms"  # a step as large as Adam's (Moonlight), or Jordan's
+
+
+@dataclass
+class OnlineFlags:
+    online_steps: int = 200_000  # environment steps, warm start included (SMAC paper, 4.2)
+    warmup_steps: int = 5_000  # first online steps: the pretrained policy collects, no updates (SMAC paper, 4.2)
+    online_batch_size: int = 256  # transitions, from dataset and replay
+    offline_fraction: float = 0.5  # share of each online batch that comes from the dataset (Cal-QL; SMAC paper, 4.2)
+    utd: int = 1  # updates for each step of a trajectory that ended
+
+
+GROUPS = dict(run=RunFlags, conservative=ConservativeFlags, offline=OfflineFlags, online=OnlineFlags)
+# Rows of other defaults. adroit, kitchen: WSRL's adroit_cql and kitchen_cql, which are the official scripts' values but
+# for kitchen's 250,000 offline steps (official: 500,000); its offline fraction is the official one. hopper-embedded:
+# ours, a size for two CPU cores.
+ROWS = {
+    "adroit": dict(calibrate=True, cql_alpha=1.0, critic_hidden=(512,) * 3, policy_hidden=(512,) * 2)
+    | dict(offline_steps=20_000),
+    "kitchen": dict(calibrate=True, importance_sampling=False, critic_hidden=(512,) * 3, policy_hidden=(512,) * 3)
+    | dict(offline_fraction=0.25),
+    "hopper-embedded": dict(critic_hidden=(128, 128), policy_hidden=(128, 128), normalize_observations=True)
+    | dict(offline_steps=25_000, offline_batch_size=128, online_batch_size=128, cql_actions=4, critic_lr=1e-3, tau=0.02)
+    | dict(policy_lr=3e-4, temperature_lr=3e-4)
+    | dict(online_steps=20_000, warmup_steps=2_000, eval_every=2_500, eval_episodes=10),
+}
+NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "optimizer", "muon_scale")
+
+
+# ==== shared: from the command line to flags
+def parse_flags() -> SimpleNamespace:
+    """The flags given, over the run to resume or the task's row, over the defaults; as one flat namespace."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, kind in dict(task=str, offline_steps=int, init_from=Path, resume=Path).items():
+        first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", type=kind)
+    given, _ = first.parse_known_args()
+    name = given.task or RunFlags.task
+    if given.resume is not None:
+        row = read_checkpoint(given.resume / "last.pt")["args"] | {"resume": given.resume}
+    elif name not in TASKS:
+        near = ", ".join(difflib.get_close_matches(name, TASKS, 3, 0.3)) or "none"
+        raise BadInput(f"--task {name}: no such task. Near: {near}. All: {', '.join(TASKS)}.")
+    else:
+        row = ROWS.get(TASKS[name].domain, {}) | ROWS.get(name, {}) | {"task": name}
+        if given.init_from is not None:  # a checkpoint brings the shape of its networks
+            row |= {k: v for k, v in read_checkpoint(given.init_from)["args"].items() if k in NETWORK_FLAGS}
+        elif given.offline_steps == 0:
+            row |= ROWS.get("from-scratch", {})
+    groups = [group() for group in GROUPS.values()]
+    for group, f in [(g, f) for g in groups for f in fields(g) if row.get(f.name) is not None]:
+        value = Path(row[f.name]) if "Path" in str(f.type) else row[f.name]
+        setattr(group, f.name, tuple(value) if isinstance(value, list) else value)
+    kind = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
+    flags = tyro.cli(kind, default=kind(*groups), description=(__doc__ or "").split("\n\n")[0])
+    args = SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
+    counts = ("eval_every", "eval_episodes", "final_episodes", "log_every", "checkpoint_every", "num_critics", "utd")
+    if low := [f"--{k.replace('_', '-')}" for k in counts if getattr(args, k, 1) < 1]:
+        raise BadInput(f"{', '.join(low)}: at least 1 is needed.")
+    if args.online_batch_size % getattr(args, "utd", 1) or not 0 <= args.offline_fraction <= 1:
+        raise BadInput("--online-batch-size must be a multiple of --utd, and --offline-fraction lie between 0 and 1.")
+    for flag, package in dict(track="wandb", capture_video="moviepy").items():
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            raise BadInput(f"--{flag.replace('_', '-')} needs {package}: pip install {package}.")
+    return args
+
+
+class BadInput(SystemExit):
+    """Ends the script with one sentence for the user. Code 2: wrong input, before any training; else it is saved."""
+
+    def __init__(self, sentence: str, code: int = 2):
+        sentence = " ".join(sentence.split())  # h5py's and torch's messages have several lines
+        super().__init__(sentence)
+        self.code = code
+        print(f"error: {sentence}" if code == 2 else sentence, file=sys.stderr)
+
+
+# ==== shared: tasks
+@dataclass(frozen=True)
+class Task:
+    env_id: str
+    domain: str  # locomotion, adroit, kitchen: which rewards, what a success is
+    max_steps: int
+    file: str  # in the dataset folder
+    url: str | None = None  # D4RL's folder, where it is one of theirs
+    zero: float = 0.0  # raw returns with the scores 0 and 100 (D4RL's infos.py)
+    hundred: float = 1.0
+    scale: float = 1.0  # training reward, offline and online: scale * r + bias (WSRL's values); never evaluation's
+    bias: float = 0.0
+    env_kwargs: dict = field(default_factory=dict)
+
+    def score(self, total, last):
+        """D4RL score of episodes from raw returns and last rewards: 100 is an expert, a success, four subtasks."""
+        if self.domain == "locomotion":
+            return 100 * (np.asarray(total) - self.zero) / (self.hundred - self.zero)
+        return 25.0 * np.asarray(last) if self.domain == "kitchen" else 100.0 * (np.asarray(last) == 0)
+
+
+D4RL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+ANT = dict(include_cfrc_ext_in_observation=False, contact_cost_weight=0.0)  # D4RL's contact forces are all zero
+RETURNS = dict(Hopper=(-20.272305, 3234.3), Walker2d=(1.629008, 4592.3), HalfCheetah=(-280.178953, 12135.0))
+RETURNS |= dict(Ant=(-325.6, 3879.7))
+KITCHEN = dict(complete="mini_kitchen_microwave_kettle_light_slider", partial="kitchen_microwave_kettle_light_slider")
+KITCHEN |= dict(mixed="kitchen_microwave_kettle_bottomburner_light")
+TASKS = {}
+for name, low_high in RETURNS.items():
+    for kind in ("random", "medium", "medium-replay", "medium-expert", "expert"):
+        file, kwargs = f"{name.lower()}_{kind.replace('-', '_')}-v2.hdf5", ANT if name == "Ant" else {}
+        task = Task(f"{name}-v5", "locomotion", 1000, file, D4RL + "gym_mujoco_v2/", *low_high, env_kwargs=kwargs)
+        TASKS[f"{name.lower()}-{kind}-v2"] = task
+TASKS["hopper-embedded"] = replace(TASKS["hopper-medium-replay-v2"], file="hopper-medium-replay.hdf5", url=None)
+for name, steps in dict(pen=100, door=200, relocate=200).items():
+    env_id, file = f"AdroitHand{name.title()}Sparse-v1", f"offpolicy_hand_data/{name}"
+    TASKS[f"{name}-binary-v0"] = Task(env_id, "adroit", steps, file, scale=10.0, bias=5.0)
+for name, file in KITCHEN.items():
+    others = ["bottom burner", "light switch"] if name == "mixed" else ["light switch", "slide cabinet"]
+    kwargs, url = dict(tasks_to_complete=["microwave", "kettle", *others]), D4RL + "kitchen/"
+    task = Task("FrankaKitchen-v1", "kitchen", 280, file + "-v0.hdf5", url, bias=-4.0, env_kwargs=kwargs)
+    TASKS[f"kitchen-{name}-v0"] = task
+
+
+# ==== shared: data
+def download(url: str, path: Path) -> None:
+    """Fetch an HDF5 file under a temporary name, check that it is whole, then give it its name."""
+    part = path.with_name(path.name + ".part")
+    socket.setdefaulttimeout(30)  # or a dead connection would hang for ever
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(part))
+        h5py.File(part).close()  # refuses what a broken connection leaves
+        os.replace(part, path)
+    except (OSError, HTTPException) as e:
+        part.unlink(missing_ok=True)
+        raise BadInput(f"Cannot download {url} ({e}): fetch it on another machine and put it at {path}.") from e
+
+
+def read_dataset(task: Task, dataset: str | None) -> dict[str, np.ndarray]:
+    """The dataset in D4RL's layout: a row a step, episodes one after another in time order. Rewards are raw; kitchen's
+    are the number of subtasks solved so far and binary Adroit's success - 1, as `TaskEnv` pays them."""
+    cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
+    if (dataset or "").startswith("minari:") or dataset is None and task.domain == "adroit":
+        episodes = list(minari_episodes(task, dataset[7:]) if dataset else adroit_episodes(cache / task.file))
+        return {k: np.concatenate([e[k] for e in episodes]) for k in episodes[0]} if episodes else {"observations": []}
+    path = Path(dataset) if dataset else cache / task.file if task.url else Path(__file__).parent / "data" / task.file
+    if dataset is None and task.url and not path.exists():
+        download(task.url + task.file, path)
+    required, optional = ("observations", "actions", "rewards", "terminals"), ("timeouts", "next_observations")
+    try:
+        with h5py.File(path) as f:
+            raw = {k: f[k][()] for k in required + optional if k in f}
+    except FileNotFoundError as e:
+        raise BadInput(f"{path}: no such file. --dataset takes a D4RL-layout HDF5 file or minari:ID.") from e
+    except (OSError, RuntimeError) as e:
+        raise BadInput(f"{path}: not a whole HDF5 file ({e}). Delete it and fetch it again.") from e
+    if missing := [k for k in required if k not in raw]:
+        raise BadInput(f"{path}: {', '.join(missing)} missing; D4RL's layout has {', '.join(required)}.")
+    return raw
+
+
+def minari_episodes(task: Task, name: str):
+    """A Minari dataset, downloaded by minari if it is not on disk. Its N + 1 observations give true next states."""
+    import minari
+
+    try:
+        episodes = list(minari.load_dataset(name, download=True).iterate_episodes())
+    except Exception as e:  # minari lets through whatever its storage, its hub or the network raise
+        raise BadInput(f"minari:{name} cannot be loaded ({type(e).__name__}: {e}); see `minari list remote`.") from e
+    for e in episodes:
+        obs = e.observations["observation"] if isinstance(e.observations, dict) else e.observations
+        rewards = np.cumsum(e.rewards) if task.domain == "kitchen" else e.rewards  # Minari's pays each subtask once
+        if task.domain == "adroit":
+            rewards = np.asarray(e.infos["success"], np.float32)[-len(e.rewards) :] - 1
+        row = dict(observations=obs[:-1], actions=e.actions, rewards=rewards, next_observations=obs[1:])
+        yield row | dict(terminals=e.terminations, timeouts=e.truncations)
+
+
+def adroit_episodes(stem: Path):
+    """AWAC's two files for a binary Adroit task: demonstrations, then rollouts of a cloned policy; rewards -1 and 0."""
+    for path in (stem.with_name(f"{stem.name}2_sparse.npy"), stem.with_name(f"{stem.name}_bc_sparse4.npy")):
+        if not path.is_file():
+            where = f"offpolicy_hand_data (Google Drive 1yUdJnGgYit94X_AvV6JJP5Y3Lx2JF30Y) into {stem.parent.parent}"
+            raise BadInput(f"{path}: no such file. Unpack {where}, or name an HDF5 file of the task with --dataset.")
+        for e in np.load(path, allow_pickle=True):
+            obs = np.asarray([o["state_observation"] if isinstance(o, dict) else o for o in e["observations"]])
+            n = min(len(obs), len(e["actions"]), len(e["rewards"]))  # some episodes hold one reward too many
+            row = dict(observations=obs[:n], actions=e["actions"][:n], rewards=np.reshape(e["rewards"][:n], n))
+            yield row | dict(terminals=np.zeros(n), timeouts=np.arange(n) == n - 1)
+
+
+def check_dataset(raw: dict[str, np.ndarray], obs_dim: int, act_dim: int, name: str) -> None:
+    """Finds what would otherwise fail, or silently spoil the result, after minutes of training."""
+    if (n := len(raw["observations"])) < 2:
+        raise BadInput(f"{name}: the dataset is empty ({n} rows).")
+    for k, v in raw.items():
+        dim = {"observations": obs_dim, "next_observations": obs_dim, "actions": act_dim}.get(k, 1)
+        if v.dtype.kind not in "fiub" or len(v) != n or v.size != n * dim:
+            shape = f"({n}, {dim}), as in the environment" if dim > 1 else f"({n},), a number a row"
+            raise BadInput(f"{name}: {k} is {v.dtype} of shape {v.shape}; it has to be numeric of shape {shape}.")
+        if not np.isfinite(v).all():
+            row = int(np.argwhere(~np.isfinite(v))[0][0])
+            raise BadInput(f"{name}: {k} holds NaN or infinity, first in row {row}; remove that episode.")
+    if (largest := float(np.abs(raw["actions"]).max())) > 1.001:
+        raise BadInput(f"{name}: actions reach {largest:.4g}, the environment's bounds are -1 and 1; rescale them.")
+
+
+def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarray]:
+    """Rows (s, a, r, s', terminal) and w from episodes. No row pairs a state with another episode's.
+
+    An episode ends at a terminal, a time-out, where the stored next state is not the following row's, and at the end.
+    Only a terminal stops bootstrapping. A row whose next state is unknown (the last before a cut, where the file has no
+    next_observations) is dropped; its reward still counts in w, the episode's raw return (kitchen: solved subtasks),
+    min-max normalised. Returns float32 observations, next_observations (n, o), actions (n, a), rewards, terminals, cuts
+    (the last kept row of an episode without a terminal), w (n,), and an entry an episode: returns, terminated (of those
+    kept), scores (of all).
+    """
+    n = len(raw["rewards"])
+    obs, rewards = raw["observations"].astype(np.float32), raw["rewards"].astype(np.float64).reshape(n)
+    terminal = raw["terminals"].reshape(n) > 0
+    end = terminal.copy()
+    if task.domain == "adroit":
+        terminal = rewards == 0  # Cal-QL: done on every successful step
+        if not np.isin(rewards, (-1, 0)).all() or not terminal.any():
+            raise BadInput("A binary Adroit dataset has the reward -1 and, on success, 0; this one has not.")
+    if task.domain == "kitchen":
+        terminal = rewards >= 4  # the environment here ends when all four are solved, and only then
+    follows = np.zeros(n, bool)  # whether the stored next state is the following row's state
+    if "next_observations" in raw:
+        next_obs = raw["next_observations"].astype(np.float32)
+        follows[:-1] = np.abs(next_obs[:-1] - obs[1:]).max(1) < 1e-6
+        end[:-1] |= ~follows[:-1]
+    if "timeouts" in raw:
+        end |= raw["timeouts"].reshape(n) > 0
+    else:  # as D4RL does: count steps against the environment's limit
+        first = np.maximum.accumulate(np.where(np.r_[True, end[:-1]], np.arange(n), 0))
+        end |= (np.arange(n) - first) % task.max_steps == task.max_steps - 1
+    end[-1] = True
+    episode, starts = np.r_[0, np.cumsum(end)[:-1]], np.flatnonzero(np.r_[True, end[:-1]])
+
+    keep = np.ones(n, bool)
+    if task.domain == "kitchen":  # nothing follows the fourth subtask
+        keep = np.arange(n) <= np.minimum.reduceat(np.where(terminal, np.arange(n), n), starts)[episode]
+    if task.domain == "adroit":  # Cal-QL: only episodes with a success, each cut after its last one
+        keep = np.arange(n) <= np.maximum.reduceat(np.where(terminal, np.arange(n), -1), starts)[episode]
+    total = np.maximum if task.domain == "kitchen" else np.add
+    returns = total.reduceat(np.where(keep, rewards, 0), starts)
+    scores = task.score(returns, np.maximum.reduceat(rewards, starts))
+    terminated, some = np.logical_or.reduceat(terminal & keep, starts), np.logical_or.reduceat(keep, starts)
+    low, high = returns[some].min(), returns[some].max()
+    w = ((returns - low) / (high - low) if high > low else np.ones_like(returns))[episode]
+
+    if "next_observations" in raw:
+        unknown = end & follows  # it is the next episode's first state, not this one's last
+    else:
+        next_obs, unknown = np.r_[obs[1:], obs[-1:]], end
+    next_obs = np.where(unknown[:, None], obs, next_obs)  # of a terminal it is never used
+    keep &= ~unknown | terminal
+    actions = raw["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
+    columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, w=w)
+    data = {k: v[keep].astype(np.float32) for k, v in (columns | dict(terminals=terminal)).items()}
+    last = np.r_[np.diff(episode[keep]) > 0, True]
+    data["cuts"] = (last & (data["terminals"] == 0)).astype(np.float32)
+    return data | dict(returns=returns[some], terminated=terminated[some], scores=scores)
+
+
+def summarize(data: dict[str, np.ndarray], rows: int, task: Task) -> str:
+    r, quantiles = data["rewards"], np.quantile(data["returns"], (0, 0.25, 0.5, 0.75, 1))
+    return f"""dataset: {len(r):,} transitions from {rows:,} rows, {len(data["returns"]):,} episodes
+  ends:    {int(data["terminals"].sum()):,} terminals, {int((~data["terminated"]).sum()):,} episodes cut by time or file
+  returns: mean {data["returns"].mean():.1f}, quantiles {" / ".join(f"{q:.0f}" for q in quantiles)}
+  rewards: {r.min():.3g} to {r.max():.3g}, in training {task.scale:g} r {task.bias:+g}
+  actions: {100 * (np.abs(data["actions"]) > 0.999).mean():.1f} % on the bounds"""
+
+
+COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "cuts")
+
+
+class Replay:
+    """Rows of COLUMNS, with training's rewards, in one tensor: a batch is one gather. Full: oldest go first. The last
+    `extra` columns are the script's own."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device, extra: int = 0):
+        self.sizes = (obs_dim, act_dim, 1, obs_dim, 1, 1) + (1,) * extra
+        self.rows, self.added = torch.zeros(capacity, sum(self.sizes), device=device), 0
+
+    def add(self, *columns) -> None:
+        columns = [np.reshape(x, (-1, size)) for x, size in zip(columns, self.sizes)]
+        rows = torch.as_tensor(np.concatenate(columns, 1, dtype=np.float32), device=self.rows.device)
+        self.rows[(torch.arange(len(rows), device=rows.device) + self.added) % len(self.rows)] = rows
+        self.added += len(rows)
+
+    def sample(self, n: int) -> Tensor:
+        i = torch.randint(min(self.added, len(self.rows)), (n,), device=self.rows.device)
+        return self.rows.index_select(0, i)
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.rows[: self.added].clone(), added=self.added)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows[: len(state["rows"])], self.added = state["rows"].to(self.rows.device), state["added"]
+
+    def write(self, path: Path, task: Task, **attributes) -> None:
+        """D4RL-layout HDF5 with raw rewards. No next_observations: they are the next row's observations."""
+        s, a, r, _, terminal, cut, *_ = (
+            x.squeeze(1).cpu().numpy() for x in self.rows[: self.added].split(self.sizes, 1)
+        )
+        columns = dict(observations=s, actions=a, rewards=(r - task.bias) / task.scale)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(path.with_name(path.name + ".part"), "w") as f:
+            for k, v in (columns | dict(terminals=terminal > 0, timeouts=cut > 0)).items():
+                f.create_dataset(k, data=v, compression="gzip", compression_opts=9, shuffle=True)
+            f.attrs.update(attributes)
+        os.replace(path.with_name(path.name + ".part"), path)
+
+
+# ==== shared: environment
+def observation(task: Task, obs) -> np.ndarray:
+    """The networks' observation from an environment's or a dataset's. Kitchen: joint and object positions, the 30
+    numbers that D4RL's 60 (they append the constant goal) and FrankaKitchen-v1's 59 (they mix in velocities) have in
+    common. Ant: D4RL's 111 without the 84 contact forces."""
+    obs = obs["observation"] if isinstance(obs, dict) else np.asarray(obs)
+    kind = (task.env_id, obs.shape[-1] if obs.ndim else 0)
+    if kind == ("FrankaKitchen-v1", 59):
+        return np.concatenate([obs[..., :9], obs[..., 18:39]], -1)
+    return obs[..., : {("FrankaKitchen-v1", 60): 30, ("Ant-v5", 111): 27}.get(kind)]
+
+
+class TaskEnv(gym.Wrapper):
+    """The task's environment with the dataset's observations, raw rewards and ends of episodes. adroit: reward success
+    - 1, and a success ends the episode (Cal-QL). kitchen: reward is the number of subtasks solved so far, as in D4RL's
+    files (the environment itself pays each once), and the fourth ends the episode. Its state is the episode's seed and
+    actions: loading it replays them, and the environment stands exactly where it stood."""
+
+    def __init__(self, task: Task, **kwargs):
+        if task.domain != "locomotion":
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
+        super().__init__(gym.make(task.env_id, max_episode_steps=task.max_steps, **task.env_kwargs, **kwargs))
+        self.task, self.seed, self.actions = task, 0, []
+
+    def reset(self, *, seed: int, options=None):
+        self.seed, self.actions = seed, []
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.obs = observation(self.task, obs).astype(np.float32)
+        return self.obs, info
+
+    def step(self, action):
+        self.actions.append(action.tolist())
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.obs = observation(self.task, obs).astype(np.float32)
+        if self.task.domain == "adroit":
+            reward, terminated = float(info["success"]) - 1, terminated or info["success"]
+        if self.task.domain == "kitchen":
+            reward = len(info["episode_task_completions"])
+            terminated = reward >= 4
+        return self.obs, float(reward), bool(terminated), bool(truncated), info
+
+    def state_dict(self) -> dict:
+        return dict(seed=self.seed, actions=self.actions)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.reset(seed=state["seed"])
+        for action in state["actions"]:
+            self.step(np.asarray(action, np.float32))
+
+
+TRAINING, EVALUATION, FINAL = range(3)  # independent streams of episode seeds
+
+
+def episode_seed(seed: int, stream: int, episode: int) -> int:
+    return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
+
+
+def collect(env: TaskEnv, action: np.ndarray, replay: Replay, seed: int, *extra) -> bool:
+    """One environment step into the replay; after an episode's end, which it returns, the next one begins."""
+    obs, task = env.obs, env.task
+    next_obs, reward, terminated, truncated, _ = env.step(action)
+    # easy to overlook: a time-out is no terminal, and s' is this episode's last state, not the next one's first
+    replay.add(obs, action, task.scale * reward + task.bias, next_obs, terminated, truncated and not terminated, *extra)
+    if terminated or truncated:
+        env.reset(seed=episode_seed(seed, TRAINING, replay.added))
+    return terminated or truncated
+
+
+# ==== shared: evaluation
+@torch.no_grad()
+def evaluate(policy: nn.Module, envs: list[TaskEnv], seeds: list[int]) -> list[tuple[float, int, float]]:
+    """(raw return, length, last reward) of one episode an environment, with the deterministic policy and one policy
+    call for all that still run. Draws nothing from the training's random numbers."""
+    device = next(policy.parameters()).device
+    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+    results, running = [(0.0, 0, 0.0)] * len(envs), list(range(len(envs)))
+    while running:
+        actions = policy.mode(torch.as_tensor(obs[running], device=device)).cpu().numpy()
+        for i, action in zip(running.copy(), actions):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            results[i] = (results[i][0] + reward, results[i][1] + 1, reward)
+            if terminated or truncated:
+                running.remove(i)
+    return results
+
+
+# ==== shared: run folder
+FORMAT = "smac-checkpoint-1"  # docs/checkpoint.md
+
+
+def read_checkpoint(path: Path) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError(f"its format is {state['format']}, not {FORMAT}")
+        return state
+    except Exception as e:  # torch lets through whatever unpickling raises
+        raise BadInput(f"{path}: not a checkpoint of these scripts ({type(e).__name__}: {e}).") from e
+
+
+def git_commit() -> str:
+    """The script's commit, with a + where files differ from it; empty outside a repository."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+
+
+class Run:
+    """A run's folder: config.json, the script, metrics.csv, evaluations.csv, TensorBoard, checkpoints. `steps` walks a
+    phase and goes on inside it after a resume. A checkpoint holds the state_dicts of `networks`; last.pt also those of
+    everything in `state`."""
+
+    def __init__(self, args: SimpleNamespace, algorithm: str, inputs: SimpleNamespace, networks: dict, state: dict):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.args, self.networks, self.state, self.device = args, networks, networks | state, inputs.device
+        self.task, self.eval_envs, self.data = inputs.task, inputs.eval_envs, inputs.data
+        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        self.config["algorithm"] = algorithm
+        self.position, self.evaluations, self.seconds = {}, [], {}  # steps done a phase; (phase, step, score); clocks
+        self.signal, self.ended = None, False  # asked to stop by a signal; asked to leave the phase
+        if args.resume is not None:
+            self.path = args.resume
+            self.resume()
+        else:
+            name = args.runs_dir / f"{args.task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+            self.path = next(p for i in range(10**6) if not (p := name.with_name(f"{name.name}{i or ''}")).exists())
+            self.path.mkdir(parents=True)
+            about = dict(command=sys.argv, git_commit=git_commit(), torch=torch.__version__)
+            (self.path / "config.json").write_text(json.dumps(self.config | about, indent=1))
+            (self.path / "metrics.csv").write_text("step,phase,name,value\n")
+            (self.path / "evaluations.csv").write_text("step,phase,episode,return,length,score\n")
+            shutil.copy(__file__, self.path)
+        if args.track:
+            import wandb
+
+            wandb.init(project="smac", name=self.path.name, dir=self.path, config=self.config, sync_tensorboard=True)
+        self.tensorboard = SummaryWriter(self.path, purge_step=self.total)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        print(textwrap.fill(", ".join(f"{k} {v}" for k, v in self.config.items()), 110, initial_indent="flags: "))
+        print(f"run folder: {self.path}", flush=True)
+
+    def resume(self) -> None:
+        saved = read_checkpoint(self.path / "last.pt")
+        if saved["args"]["algorithm"] != self.config["algorithm"]:
+            raise BadInput(f"{self.path} is a run of {saved['args']['algorithm']}: resume it with its own script.")
+        try:
+            for name, thing in self.state.items():
+                thing.load_state_dict(saved[name])
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise BadInput(f"{self.path}/last.pt does not fit: resume with the run's own flags ({e}).") from e
+        self.position, self.evaluations, self.seconds = saved["position"], saved["evaluations"], saved["seconds"]
+        for name, size in saved["sizes"].items():  # drop what was written after the checkpoint
+            os.truncate(self.path / name, size)
+        torch.set_rng_state(saved["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
+
+    def on_signal(self, number: int, frame) -> None:
+        if self.signal is not None:  # a second time: at once
+            sys.exit(128 + number)
+        self.signal = number
+
+    @property
+    def total(self) -> int:
+        return sum(self.position.values())
+
+    def steps(self, phase: str, n: int):
+        """Yields the phase's remaining steps. After each: a checkpoint where one is due, and a stop where asked for."""
+        start, every = self.position.get(phase, 0), 0.5 if sys.stderr.isatty() else 60
+        self.phase, self.bar = phase, tqdm(total=n, initial=start, desc=phase, mininterval=every, disable=start >= n)
+        for self.step in range(start, n):
+            yield self.step
+            self.position[phase] = self.step + 1
+            self.bar.update()
+            ended = self.ended or self.step + 1 == n
+            if self.args.keep_every and self.due(self.args.keep_every):
+                self.save(f"{phase}-{self.step + 1}.pt", self.networks)
+            if ended or self.signal is not None or self.due(self.args.checkpoint_every):
+                self.save("last.pt", self.state)
+            if self.signal is not None:
+                again = f"python {Path(sys.argv[0]).name} --resume {self.path}"
+                raise BadInput(f"Stopped after {phase} step {self.step + 1}. To go on: {again}", 128 + self.signal)
+            if ended:
+                break
+        self.bar.close()
+
+    def due(self, every: int) -> bool:
+        return (self.step + 1) % every == 0
+
+    @contextlib.contextmanager
+    def clock(self, what: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def writing(self, name: str):
+        """A full disk costs a row or a checkpoint, never the run."""
+        try:
+            yield self.path / name
+        except OSError as e:
+            tqdm.write(f"{self.path / name} cannot be written ({e}): free some space; the run goes on.", sys.stderr)
+
+    def check_finite(self, values: dict[str, bool]) -> None:
+        if bad := [k for k, finite in values.items() if not finite]:
+            where = f"{', '.join(bad)} not finite at {self.phase} step {self.step + 1}"
+            raise BadInput(f"{where}: lower a learning rate; the last good state is {self.path}/last.pt", 1)
+
+    def log(self, metrics: dict, *show: str) -> None:
+        values = {k: float(v) for k, v in metrics.items()}
+        self.check_finite({k: math.isfinite(v) for k, v in values.items()})
+        values |= {f"seconds/{k}": v for k, v in self.seconds.items()}
+        with self.writing("metrics.csv") as path, open(path, "a") as f:
+            f.writelines(f"{self.step + 1},{self.phase},{k},{v:.9g}\n" for k, v in values.items())
+        with contextlib.suppress(OSError):  # a full disk again, seen later by TensorBoard's thread
+            for k, v in values.items():
+                self.tensorboard.add_scalar(f"{self.phase}/{k}", v, self.total + 1)
+        self.bar.set_postfix({k: f"{values[k]:.3g}" for k in show}, refresh=False)
+
+    def save(self, name: str, parts: dict) -> None:
+        """Write a checkpoint under a temporary name, then rename it: until then the one before stays."""
+        modules = {k: part for k, part in parts.items() if isinstance(part, nn.Module)}
+        self.check_finite({k: all(p.isfinite().all() for p in m.parameters()) for k, m in modules.items()})
+        state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
+        state |= dict(position=self.position, evaluations=self.evaluations)
+        state["sizes"] = {f: (self.path / f).stat().st_size for f in ("metrics.csv", "evaluations.csv")}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        torch.save(state | {k: v.state_dict() for k, v in parts.items()}, whole := io.BytesIO())
+        with self.writing(name) as path:
+            path.with_suffix(".tmp").write_bytes(whole.getbuffer())
+            os.replace(path.with_suffix(".tmp"), path)
+
+    def evaluate(self, phase: str, step: int, policy: nn.Module, envs: list | None = None, stream=EVALUATION) -> float:
+        """The mean score over one episode an environment. Every episode goes to evaluations.csv; the best online policy
+        so far stays in best.pt."""
+        envs = self.eval_envs if envs is None else envs
+        with self.clock("evaluation"):
+            results = evaluate(policy, envs, [episode_seed(self.args.seed, stream, i) for i in range(len(envs))])
+        scores = [float(self.task.score(total, last)) for total, _, last in results]
+        score, before = float(np.mean(scores)), [x for p, _, x in self.evaluations if p == phase]
+        with self.writing("evaluations.csv") as path, open(path, "a") as f:
+            rows = enumerate(zip(results, scores))
+            f.writelines(f"{step},{phase},{i},{r:.9g},{n},{x:.6g}\n" for i, ((r, n, _), x) in rows)
+        with contextlib.suppress(OSError):
+            self.tensorboard.add_scalar(f"{phase}/score", score, self.total)
+        self.evaluations.append((phase, step, score))
+        tqdm.write(f"{phase:>8} {step:>9,}  score {score:6.1f}  ({min(scores):.1f} to {max(scores):.1f})")
+        if phase == "online":
+            self.ended = step > 0 and score >= (self.args.stop_at_score or math.inf)
+            if score >= max(before, default=score):
+                self.save("best.pt", self.networks)
+        return score
+
+    def finish(self, policy: nn.Module, replay: Replay) -> None:
+        """The last evaluation, what --save-replay and --capture-video ask for, curve.png, and the run in a few lines.
+        Early: the first fifth of the online steps after the warm start. Regret: the mean over the online evaluations of
+        the run's best score minus theirs."""
+        import matplotlib.pyplot as plt
+
+        self.evaluate("final", self.total, policy, [TaskEnv(self.task) for _ in range(self.args.final_episodes)], FINAL)
+        if self.args.save_replay is not None:
+            about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=self.args.seed)
+            replay.write(self.args.save_replay, self.task, **about, env_id=self.task.env_id)
+        if self.args.capture_video:
+            camera = TaskEnv(self.task, render_mode="rgb_array")
+            video = gym.wrappers.RecordVideo(camera, f"{self.path}/video", lambda episode: True)
+            evaluate(policy, [video], [episode_seed(self.args.seed, FINAL, 0)])
+            video.close()
+        plt.switch_backend("Agg")
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        lines, start = {}, 0
+        if self.data is not None:
+            lines["dataset, mean episode"] = mean = float(self.data["scores"].mean())
+            axes.axhline(mean, color="gray", linestyle=":", label="dataset, mean episode")
+        for phase in ("offline", "online"):
+            curve = [(start + step, score) for p, step, score in self.evaluations if p == phase]
+            if curve:
+                axes.plot(*zip(*curve), ".-", label=phase)
+                axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="hand-over") if start else None
+                start = curve[-1][0]
+        if online := [(step, score) for phase, step, score in self.evaluations if phase == "online"]:
+            scores, warm = [score for _, score in online], self.args.warmup_steps
+            early = [score for step, score in online if step <= warm + 0.2 * (self.args.online_steps - warm)]
+            lines |= {"at transfer": scores[0], "worst early online": min(early), "last": scores[-1]}
+            lines |= {"best": max(scores), "regret (mean of best - score)": max(scores) - float(np.mean(scores))}
+        lines[f"final, {self.args.final_episodes} new episodes"] = self.evaluations[-1][2]
+        axes.set(xlabel="offline updates, then environment steps", ylabel="D4RL score", title=self.path.name)
+        axes.grid(alpha=0.3), axes.legend()
+        with self.writing("curve.png") as path:
+            figure.savefig(path, dpi=150)
+        plt.close(figure)
+        print("\n".join(f"  {name:<32}{x:8.1f}" for name, x in lines.items()))
+
+
+# ==== shared: set-up
+def set_up(args: SimpleNamespace, extra: int = 0) -> SimpleNamespace:
+    """Task, device, environments, dataset. What can be wrong with the input shows here, before a run folder exists.
+    `dataset` (a Replay) and `data` (to_transitions) are None where the online algorithm starts from scratch."""
+    task = TASKS[args.task]
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        device = torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise BadInput(f"--device {args.device} cannot be used here: {e}") from e
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        print("--compile needs a C++ compiler (g++, or $CXX) and finds none: going on without.", file=sys.stderr)
+        args.compile = False
+    torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    env, *eval_envs = (TaskEnv(task) for _ in range(1 + args.eval_episodes))
+    (obs_dim,), (act_dim,) = env.reset(seed=episode_seed(args.seed, TRAINING, 0))[0].shape, env.action_space.shape
+    inputs = SimpleNamespace(task=task, device=device, env=env, eval_envs=eval_envs, data=None, dataset=None)
+    inputs.replay = Replay(max(args.online_steps, 1), obs_dim, act_dim, device, extra)
+    if args.offline_steps > 0 or args.init_from is not None:
+        raw = read_dataset(task, args.dataset)
+        raw |= {k: observation(task, v) for k, v in raw.items() if "observations" in k}
+        check_dataset(raw, obs_dim, act_dim, args.dataset or args.task)
+        inputs.data = data = to_transitions(raw, task)
+        print(summarize(data, len(raw["rewards"]), task))
+        inputs.dataset = Replay(len(data["w"]), obs_dim, act_dim, device, extra)
+        columns = data | dict(rewards=task.scale * data["rewards"] + task.bias)
+        inputs.dataset.add(*(columns[k] for k in COLUMNS), *np.zeros((extra, len(data["w"]))))
+    return inputs
+
+
+# ==== shared: networks
+def dense(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+    """Linear layer, orthogonal weight, zero bias: WSRL's initialisation."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain), nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(sizes: list[int], activation=nn.ReLU) -> nn.Sequential:
+    return nn.Sequential(*(m for i, o in zip(sizes, sizes[1:]) for m in (dense(i, o), activation())))
+
+
+class Normalized(nn.Module):
+    """A network that normalises states inside, by buffers that are in every checkpoint; the identity unless set."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def normalize(self, s: Tensor) -> Tensor:
+        return (s - self.mean) / self.std
+
+
+class Critics(Normalized):
+    """N critics Q_i(s, a) in stacked weights (N, out, in): one batched product a layer, and Muon's shape."""
+
+    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden: tuple[int, ...], activation: str):
+        super().__init__(obs_dim)
+        sizes = [obs_dim + act_dim, *hidden, 1]
+        layers = [torch.stack([dense(i, o).weight.data for _ in range(n)]) for i, o in zip(sizes, sizes[1:])]
+        self.weights = nn.ParameterList(layers)
+        self.biases = nn.ParameterList(torch.zeros(n, 1, o) for o in sizes[1:])
+        self.tanh = activation == "tanh"
+
+    def layers(self, s: Tensor, a: Tensor, members=slice(None)) -> list[Tensor]:
+        """The hidden layers' outputs (N, B, h)."""
+        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(self.weights[0][members]), -1, -1), []
+        for W, b in zip(self.weights[:-1], self.biases[:-1]):
+            h = torch.baddbmm(b[members], h, W[members].mT)
+            hidden.append(h := torch.tanh(h) if self.tanh else torch.relu(h))
+        return hidden
+
+    def forward(self, s: Tensor, a: Tensor, members=slice(None)) -> Tensor:
+        """(B, o), (B, a) -> (N, B), or fewer rows where only some members are asked."""
+        h = self.layers(s, a, members)[-1]
+        return (h * self.weights[-1][members]).sum(-1) + self.biases[-1][members].squeeze(-1)
+
+
+# ==== shared: tanh-Gaussian policy
+class Policy(Normalized):
+    """a = tanh(mu(s) + exp(log_std(s)) xi); exp as SMAC's Table 7, clipped to [1e-5, 10] as WSRL."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: tuple[int, ...]):
+        super().__init__(obs_dim)
+        self.trunk, self.head = mlp([obs_dim, *hidden]), dense(hidden[-1], 2 * act_dim, 0.01)
+
+    def forward(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        mu, log_std = self.head(self.trunk(self.normalize(s))).chunk(2, -1)
+        return mu, log_std.clamp(math.log(1e-5), math.log(10.0))
+
+    def mode(self, s: Tensor) -> Tensor:
+        a = len(self.head.bias) // 2  # the mean's rows: to the last bit a head without deviations (adopt)
+        return torch.tanh(F.linear(self.trunk(self.normalize(s)), self.head.weight[:a], self.head.bias[:a]))
+
+    def sample(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Reparameterised actions (B, a) and their log-density (B,)."""
+        mu, log_std = self(s)
+        xi = torch.randn_like(mu)
+        u = mu + log_std.exp() * xi
+        return torch.tanh(u), self.log_density(xi, log_std, u)
+
+    @staticmethod
+    def log_density(xi: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), finite for large |u|
+        return (-0.5 * xi.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
+
+
+# ==== Cal-QL's networks
+class Agent(nn.Module):
+    """All that is trained: one state_dict is the core of a checkpoint."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: SimpleNamespace):
+        super().__init__()
+        self.policy = Policy(obs_dim, act_dim, args.policy_hidden)
+        self.critic = Critics(args.num_critics, obs_dim, act_dim, args.critic_hidden, args.critic_activation)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_temperature = nn.Parameter(torch.zeros(()))  # initial temperature 1 (SAC)
+        self.log_lagrange = nn.Parameter(torch.ones(()))  # of the multiplier, e at first (official); --lagrange
+
+    def lagrange(self) -> Tensor:
+        return self.log_lagrange.exp().clamp(max=1e6)  # the limit is official
+
+
+def sample_actions(policy: Policy, s: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """n actions for each of the states s (B, o): (B, n, a), and their log-densities (B, n)."""
+    mu, log_std = (x[:, None] for x in policy(s))
+    xi = torch.randn(len(s), n, mu.size(-1), device=s.device)
+    u = mu + log_std.exp() * xi
+    return torch.tanh(u), policy.log_density(xi, log_std, u)
+
+
+def values(critic: Critics, s: Tensor, a: Tensor) -> Tensor:
+    """Q_i(s, a) (N, B, n) of n actions a state, a (B, n, a). On a CPU in parts whose layers stay in its cache."""
+    s, flat = s[:, None].expand(-1, a.size(1), -1).flatten(0, 1), a.flatten(0, 1)
+    rows = 1024 if a.device.type == "cpu" else len(flat)
+    q = torch.cat([critic(*part) for part in zip(s.split(rows), flat.split(rows))], 1)
+    return q.unflatten(1, a.shape[:2])
+
+
+def make_optimizers(agent: Agent, args: SimpleNamespace) -> dict[str, Muon]:
+    """Adam; with --optimizer muon the matrices between two hidden layers on Muon (Jordan's advice)."""
+    hidden = dict(critic=list(agent.critic.weights[1:-1]), policy=[layer.weight for layer in agent.policy.trunk[2::2]])
+    optimizers = dict(temperature=Muon([], [agent.log_temperature]), lagrange=Muon([], [agent.log_lagrange]))
+    for name, matrices in hidden.items():
+        matrices = matrices if args.optimizer == "muon" else []
+        others = [p for p in getattr(agent, name).parameters() if all(p is not m for m in matrices)]
+        optimizers[name] = Muon(matrices, others, scale=args.muon_scale)
+    return optimizers
+
+
+def set_learning_rates(optimizers: dict[str, Muon], args: SimpleNamespace) -> None:
+    rates = dict(critic=args.critic_lr, policy=args.policy_lr, temperature=args.temperature_lr, lagrange=args.critic_lr)
+    for name, group in ((k, group) for k, v in optimizers.items() for group in v.param_groups):
+        group["lr"].fill_(rates[name])
+
+
+# ==== returns-to-go
+def returns_to_go(r: np.ndarray, terminal: np.ndarray, cut: np.ndarray, task: Task, gamma: float) -> np.ndarray:
+    """G_t = r_t + gamma G_t+1 of whole trajectories, one after another in time order (Cal-QL, section 5, and its code).
+
+    r are training's rewards (n,); a trajectory ends at a terminal, where G_t = r_t, or at a cut. What follows a cut is
+    unknown. Locomotion: nothing, a bound from below, as most rewards are positive. Kitchen: the last reward for ever;
+    r - 4 is negative, and a return that stopped at the cut would be too high. Binary Adroit: a trajectory without any
+    success goes on failing for ever, and so has r / (1 - gamma) everywhere. That is decided on raw rewards.
+    """
+    r, ends = r.astype(np.float64), np.flatnonzero((terminal > 0) | (cut > 0))
+    forever = r / (1 - gamma)
+    tail = forever if task.domain == "kitchen" else np.zeros_like(r)
+    G, following = np.empty_like(r), 0.0
+    for t in reversed(range(len(r))):
+        following = tail[t] if cut[t] else 0.0 if terminal[t] else following
+        G[t] = following = r[t] + gamma * following
+    if task.domain == "adroit":
+        success, starts = (r - task.bias) / task.scale > -0.5, np.r_[0, ends[:-1] + 1]
+        failed = ~np.logical_or.reduceat(success, starts)
+        G = np.where(np.repeat(failed, ends - starts + 1), forever, G)
+    return G
+
+
+def set_returns_to_go(replay: Replay, start: int, end: int, task: Task, gamma: float) -> None:
+    """Fill the last column of the rows from `start` to before `end`: whole trajectories."""
+    rows = replay.rows[start:end]
+    _, _, r, _, terminal, cut, _ = (x.squeeze(1).cpu().numpy() for x in rows.split(replay.sizes, 1))
+    rows[:, -1] = torch.as_tensor(returns_to_go(r, terminal, cut, task, gamma))
+
+
+# ==== losses
+def td_loss(q: Tensor, y: Tensor) -> Tensor:
+    """E (Q_i(s, a) - y)^2, a mean over members and batch; q (N, B), y (B,)."""
+    return (q - y).square().mean()
+
+
+def calibrated(q_pi: Tensor, G: Tensor) -> Tensor:
+    """max(Q_i(s, a), G(s)) for policy actions (Cal-QL, section 5); q_pi (N, B, n), G (B,). Where G is larger,
+    no gradient reaches Q: it is not pushed down any further."""
+    return torch.maximum(q_pi, G[:, None])
+
+
+def conservative_gap(q: Tensor, q_uniform: Tensor, q_pi: Tensor, log_pi: Tensor, log_uniform: float | None) -> Tensor:
+    """R = E[log sum_a exp(Q_i(s, a) - log mu(a)) - Q_i(s, data)], a mean over members and batch: CQL(H) (arXiv
+    2006.04779, eq. 4 and appendix F), the sum over uniform and policy actions, mu their densities. log_uniform None: no
+    densities, and the data's action is one of the sum. q (N, B), q_uniform (N, B, n), q_pi (N, B, m), log_pi (B, m)."""
+    if log_uniform is None:
+        terms = [q_uniform, q_pi, q[..., None]]
+    else:
+        terms = [q_uniform - log_uniform, q_pi - log_pi]
+    return (torch.cat(terms, -1).logsumexp(-1) - q).mean()
+
+
+def lagrange_loss(lagrange: Tensor, gap: Tensor, cql_alpha: float, target_gap: float) -> Tensor:
+    """-lagrange cql_alpha (R - target_gap): the multiplier grows where the gap is larger than its target (CQL, appendix
+    F; the weight stands outside the bracket as in Cal-QL's code)."""
+    return -lagrange * cql_alpha * (gap.detach() - target_gap)
+
+
+def sac_policy_loss(q: Tensor, log_prob: Tensor, temperature: Tensor) -> Tensor:
+    """L_pi = E[temperature log pi(a|s) - min_i Q_i(s, a)], a ~ pi (SAC, arXiv 1812.05905)."""
+    return (temperature * log_prob - q.min(0).values).mean()
+
+
+def temperature_loss(log_temperature: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """-log temperature E[log pi + target entropy] (SAC, arXiv 1812.05905; in the logarithm, as most code has it)."""
+    return -log_temperature * (log_prob.detach() + target_entropy).mean()
+
+
+# ==== shared: gradient steps
+def descend(loss: Tensor, optimizer: Muon, retain_graph: bool = False) -> None:
+    """One step of `optimizer` on the gradient of `loss` for its own parameters, and for no others."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, g in zip(params, torch.autograd.grad(loss, params, retain_graph=retain_graph)):
+        p.grad = g
+    optimizer.step()
+
+
+@torch.no_grad()
+def follow(target: nn.Module, source: nn.Module, tau: float) -> None:
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def compiled(step, args: SimpleNamespace, device: torch.device):
+    """The update step under --compile: one graph with the optimisers in it, on a GPU one CUDA graph."""
+    if not args.compile:
+        return step
+    torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
+    torch._inductor.config.fallback_random = True  # the same random numbers as without
+    return torch.compile(step, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+# ==== updates
+class Updates:
+    """The update step, the same offline and online. It takes replay rows and returns metrics as tensors, so that
+    nothing waits for a GPU."""
+
+    def __init__(self, agent: Agent, optimizers: dict, sizes: tuple, args: SimpleNamespace):
+        self.agent, self.optimizers, self.sizes, self.args = agent, optimizers, sizes, args
+        self.update = compiled(self.update, args, agent.log_temperature.device)
+
+    @torch.no_grad()
+    def td_target(self, r: Tensor, s_next: Tensor, terminal: Tensor) -> Tensor:
+        """y = r + gamma (1 - terminal) max_a' min_i Q'_i(s', a') (B,), the best of some policy actions; no entropy."""
+        agent, args = self.agent, self.args
+        a_next, _ = sample_actions(agent.policy, s_next, args.cql_actions if args.max_target_backup else 1)
+        q_next = values(agent.critic_target, s_next, a_next).min(0).values.max(1).values
+        return r.squeeze(1) + args.gamma * (1 - terminal.squeeze(1)) * q_next
+
+    def gap(self, s: Tensor, q: Tensor, s_next: Tensor, G: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The conservative gap R, and what it was made of. The policy gets no gradient from it."""
+        agent, args, n = self.agent, self.args, self.args.cql_actions
+        with torch.no_grad():
+            uniform = 2 * torch.rand(len(s), n, self.sizes[1], device=s.device) - 1
+            a_pi, log_pi = sample_actions(agent.policy, s, n)
+            a_next, log_next = sample_actions(agent.policy, s_next, n)
+        # easy to overlook: the values of the next state's actions are asked at s as well
+        q_uniform, q_pi = values(agent.critic, s, torch.cat([uniform, a_pi, a_next], 1)).split((n, 2 * n), -1)
+        bound_rate = (q_pi < G[:, None]).to(q.dtype).mean()
+        metrics = dict(q_uniform=q_uniform.detach().mean(), q_policy=q_pi.detach().mean(), bound_rate=bound_rate)
+        if args.calibrate:  # before the densities are subtracted; the data's and the uniform actions have no bound
+            q_pi = calibrated(q_pi, G)
+        log_uniform = -self.sizes[1] * math.log(2) if args.importance_sampling else None
+        return conservative_gap(q, q_uniform, q_pi, torch.cat([log_pi, log_next], 1), log_uniform), metrics
+
+    def update(self, rows: Tensor) -> dict[str, Tensor]:
+        """Critics, Lagrange multiplier, policy, temperature, target critics."""
+        agent, args = self.agent, self.args
+        s, a, r, s_next, terminal, _, G = rows.split(self.sizes, 1)
+        y, q = self.td_target(r, s_next, terminal), agent.critic(s, a)
+        loss, (gap, metrics) = td_loss(q, y), self.gap(s, q, s_next, G.squeeze(1))
+        lagrange = agent.lagrange().detach() if args.lagrange else 1.0
+        metrics |= dict(td_loss=loss.detach(), gap=gap.detach(), q=q.detach().mean(), return_to_go=G.mean())
+        descend(loss + lagrange * args.cql_alpha * gap, self.optimizers["critic"])
+        if args.lagrange:
+            metrics |= dict(lagrange=lagrange)
+            descend(lagrange_loss(agent.lagrange(), gap, args.cql_alpha, args.target_gap), self.optimizers["lagrange"])
+
+        a_pi, log_pi = agent.policy.sample(s)
+        temperature = agent.log_temperature.detach().exp()
+        loss = sac_policy_loss(agent.critic(s, a_pi), log_pi, temperature)
+        descend(loss, self.optimizers["policy"])
+        target_entropy = args.target_entropy_scale * a.size(1)
+        descend(temperature_loss(agent.log_temperature, log_pi, target_entropy), self.optimizers["temperature"])
+        follow(agent.critic_target, agent.critic, args.tau)
+        return metrics | dict(policy_loss=loss.detach(), entropy=-log_pi.detach().mean(), temperature=temperature)
+
+
+# ==== main
+def main() -> None:
+    args = parse_flags()
+    if low := [k for k in ("num_critics", "cql_actions", "utd") if getattr(args, k) < 1]:
+        raise BadInput(f"--{', --'.join(low).replace('_', '-')}: at least 1 is needed.")
+    if not 0 <= args.gamma < 1:
+        raise BadInput("--gamma has to be at least 0 and below 1: a return for ever is r / (1 - gamma).")
+    if args.offline_steps < 1 and args.init_from is None:
+        raise BadInput("--offline-steps 0: nothing to start from; SAC from scratch is in smac_offline_to_online.py.")
+    inputs = set_up(args, extra=1)  # the extra column is G, the return-to-go
+    dataset, replay, env, device = inputs.dataset, inputs.replay, inputs.env, inputs.device
+    set_returns_to_go(dataset, 0, dataset.added, inputs.task, args.gamma)
+    obs_dim, act_dim = replay.sizes[:2]
+    agent = Agent(obs_dim, act_dim, args).to(device)
+    if args.normalize_observations:
+        s = dataset.rows[:, :obs_dim]
+        for network in (agent.policy, agent.critic, agent.critic_target):
+            network.mean.copy_(s.mean(0)), network.std.copy_(s.std(0) + 1e-3)
+    optimizers = make_optimizers(agent, args)
+    updates, networks = Updates(agent, optimizers, replay.sizes, args), dict(agent=agent, **optimizers)
+    if args.init_from is not None and args.resume is None:
+        start = read_checkpoint(args.init_from)
+        try:
+            for name, part in networks.items():
+                part.load_state_dict(start[name])
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise BadInput(f"{args.init_from} does not fit the script, the task or the flags ({e}).") from e
+    run = Run(args, "cal_ql", inputs, networks, dict(replay=replay, env=env))
+    set_learning_rates(optimizers, args)
+
+    # ---- phase 1: conservative pretraining
+    for step in run.steps("offline", 0 if args.init_from else args.offline_steps):
+        if step == 0:
+            run.evaluate("offline", 0, agent.policy)
+        with run.clock("update"):
+            metrics = updates.update(dataset.sample(args.offline_batch_size))
+        if run.due(args.log_every):
+            run.log(metrics, "q", "gap", "bound_rate")
+        if run.due(args.eval_every):
+            run.evaluate("offline", step + 1, agent.policy)
+        if step + 1 == args.offline_steps:
+            run.save("offline.pt", networks)
+
+    # ---- phase 2: the same online. A trajectory's updates wait for its end, when its returns-to-go are known, and all
+    # belong to the step that ended it: between two steps none is pending, and a checkpoint has nothing to keep of them
+    from_dataset = round(args.offline_fraction * args.online_batch_size)
+    for step in run.steps("online", args.online_steps):
+        if step == 0:
+            run.evaluate("online", 0, agent.policy)
+        start = step - len(env.actions)  # the trajectory's first row in the replay
+        with run.clock("environment"):
+            with torch.no_grad():
+                action = agent.policy.sample(torch.as_tensor(env.obs, device=device)[None])[0][0]
+            ended = collect(env, action.cpu().numpy(), replay, args.seed, 0.0)
+        if ended:
+            set_returns_to_go(replay, start, step + 1, inputs.task, args.gamma)
+            after_warmup = step + 1 - max(start, args.warmup_steps)
+            with run.clock("update"):
+                for _ in range(args.utd * after_warmup):
+                    rows = replay.sample(args.online_batch_size - from_dataset), dataset.sample(from_dataset)
+                    metrics = updates.update(torch.cat(rows))
+            if after_warmup > 0 and start // args.log_every < (step + 1) // args.log_every:  # a row was due meanwhile
+                run.log(metrics, "q", "gap", "bound_rate")
+        if run.due(args.eval_every):
+            run.evaluate("online", step + 1, agent.policy)
+
+    run.finish(agent.policy, replay)
+
+
+if __name__ == "__main__":
+    main()
