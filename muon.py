@@ -28,7 +28,6 @@ KELLER = ((3.4445, -4.7750, 2.0315),) * 5
 POLYNOMIAL = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
-@torch.compiler.assume_constant_result
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 matrices faster than float32 (a CPU without such units: 30 times slower)."""
     if device.type == "cpu":
@@ -105,7 +104,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        compiling = torch.compiler.is_compiling()  # torch.compile does not trace the fused kernel, it fuses by itself
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params and group["muon"]:
@@ -119,9 +117,7 @@ class Muon(torch.optim.Optimizer):
                     [s["exp_avg_sq"] for s in states],
                     [],
                     [s["step"] for s in states],
-                    fused=not compiling,
-                    foreach=compiling,
-                    capturable=compiling,
+                    fused=True,
                     amsgrad=False,
                     beta1=group["betas"][0],
                     beta2=group["betas"][1],

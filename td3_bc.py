@@ -768,20 +768,18 @@ class Critics(Normalized):
         self.biases = nn.ParameterList(torch.zeros(n, 1, o) for o in sizes[1:])
         self.tanh = activation == "tanh"
 
-    def layers(self, s: Tensor, a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    def layers(self, s: Tensor, a: Tensor, members=slice(None)) -> list[Tensor]:
         """The hidden layers' outputs (N, B, h)."""
-        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(weights[0]), -1, -1), []
-        for W, b in zip(weights[:-1], biases[:-1]):
-            h = torch.baddbmm(b, h, W.mT)
+        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(self.weights[0][members]), -1, -1), []
+        for W, b in zip(self.weights[:-1], self.biases[:-1]):
+            h = torch.baddbmm(b[members], h, W[members].mT)
             hidden.append(h := torch.tanh(h) if self.tanh else torch.relu(h))
         return hidden
 
-    def forward(self, s: Tensor, a: Tensor, members: Tensor | None = None) -> Tensor:
+    def forward(self, s: Tensor, a: Tensor, members=slice(None)) -> Tensor:
         """(B, o), (B, a) -> (N, B), or fewer rows where only some members are asked."""
-        weights, biases = self.weights, self.biases
-        if members is not None:
-            weights, biases = ([p[members] for p in stack] for stack in (weights, biases))
-        return (self.layers(s, a, weights, biases)[-1] * weights[-1]).sum(-1) + biases[-1].squeeze(-1)
+        h = self.layers(s, a, members)[-1]
+        return (h * self.weights[-1][members]).sum(-1) + self.biases[-1][members].squeeze(-1)
 
 
 # ==== TD3+BC's networks
