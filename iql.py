@@ -150,11 +150,16 @@ def parse_flags() -> SimpleNamespace:
     kind = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
     flags = tyro.cli(kind, default=kind(*groups), description=(__doc__ or "").split("\n\n")[0])
     args = SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
-    counts = ("eval_every", "eval_episodes", "final_episodes", "log_every", "checkpoint_every", "num_critics", "utd")
-    if low := [f"--{k.replace('_', '-')}" for k in counts if getattr(args, k, 1) < 1]:
-        raise BadInput(f"{', '.join(low)}: at least 1 is needed.")
+    least = dict.fromkeys(("seed", "score_steps", "offline_steps", "online_steps", "warmup_steps"), 0)
+    for k, v in vars(args).items():  # a layer's width, a batch, an interval, ...: 1 or more, unless said above
+        whole = v if isinstance(v, tuple) else (v,) if type(v) is int else ()
+        if v == () or any(x < least.get(k, 1) for x in whole):
+            raise BadInput(f"--{k.replace('_', '-')} {v}: at least {least.get(k, 1)} is needed.")
     if args.online_batch_size % getattr(args, "utd", 1) or not 0 <= args.offline_fraction <= 1:
         raise BadInput("--online-batch-size must be a multiple of --utd, and --offline-fraction lie between 0 and 1.")
+    for flag, path in dict(runs_dir=args.runs_dir, save_replay=args.save_replay and args.save_replay.parent).items():
+        if path and any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
+            raise BadInput(f"--{flag.replace('_', '-')}: {path} is no folder and cannot become one.")
     for flag, package in dict(track="wandb", capture_video="moviepy").items():
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise BadInput(f"--{flag.replace('_', '-')} needs {package}: pip install {package}.")
@@ -243,11 +248,12 @@ def read_dataset(task: Task, dataset: str | None) -> dict[str, np.ndarray]:
     required, optional = ("observations", "actions", "rewards", "terminals"), ("timeouts", "next_observations")
     try:
         with h5py.File(path) as f:
-            raw = {k: f[k][()] for k in required + optional if k in f}
+            raw = {k: np.asarray(f[k]) for k in required + optional if getattr(f.get(k), "shape", None)}
     except FileNotFoundError as e:
         raise BadInput(f"{path}: no such file. --dataset takes a D4RL-layout HDF5 file or minari:ID.") from e
     except (OSError, RuntimeError) as e:
-        raise BadInput(f"{path}: not a whole HDF5 file ({e}). Delete it and fetch it again.") from e
+        again = "name another file" if dataset else "delete it, and the next run fetches it again"
+        raise BadInput(f"{path}: not a whole HDF5 file ({e}): {again}.") from e
     if missing := [k for k in required if k not in raw]:
         raise BadInput(f"{path}: {', '.join(missing)} missing; D4RL's layout has {', '.join(required)}.")
     return raw
@@ -265,6 +271,8 @@ def minari_episodes(task: Task, name: str):
         obs = e.observations["observation"] if isinstance(e.observations, dict) else e.observations
         rewards = np.cumsum(e.rewards) if task.domain == "kitchen" else e.rewards  # Minari's pays each subtask once
         if task.domain == "adroit":
+            if "success" not in (e.infos or {}):
+                raise BadInput(f"minari:{name} does not record success in its infos, which a binary task needs.")
             rewards = np.asarray(e.infos["success"], np.float32)[-len(e.rewards) :] - 1
         row = dict(observations=obs[:-1], actions=e.actions, rewards=rewards, next_observations=obs[1:])
         yield row | dict(terminals=e.terminations, timeouts=e.truncations)
@@ -276,7 +284,11 @@ def adroit_episodes(stem: Path):
         if not path.is_file():
             where = f"offpolicy_hand_data (Google Drive 1yUdJnGgYit94X_AvV6JJP5Y3Lx2JF30Y) into {stem.parent.parent}"
             raise BadInput(f"{path}: no such file. Unpack {where}, or name an HDF5 file of the task with --dataset.")
-        for e in np.load(path, allow_pickle=True):
+        try:
+            episodes = np.load(path, allow_pickle=True)
+        except Exception as e:  # whatever unpickling raises
+            raise BadInput(f"{path}: not a whole .npy file ({type(e).__name__}: {e}); unpack it again.") from e
+        for e in episodes:
             obs = np.asarray([o["state_observation"] if isinstance(o, dict) else o for o in e["observations"]])
             n = min(len(obs), len(e["actions"]), len(e["rewards"]))  # some episodes hold one reward too many
             row = dict(observations=obs[:n], actions=e["actions"][:n], rewards=np.reshape(e["rewards"][:n], n))
@@ -289,7 +301,7 @@ def check_dataset(raw: dict[str, np.ndarray], obs_dim: int, act_dim: int, name: 
         raise BadInput(f"{name}: the dataset is empty ({n} rows).")
     for k, v in raw.items():
         dim = {"observations": obs_dim, "next_observations": obs_dim, "actions": act_dim}.get(k, 1)
-        if v.dtype.kind not in "fiub" or len(v) != n or v.size != n * dim:
+        if v.dtype.kind not in "fiub" or v.shape[:1] != (n,) or v.size != n * dim:
             shape = f"({n}, {dim}), as in the environment" if dim > 1 else f"({n},), a number a row"
             raise BadInput(f"{name}: {k} is {v.dtype} of shape {v.shape}; it has to be numeric of shape {shape}.")
         if not np.isfinite(v).all():
@@ -350,6 +362,10 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
         next_obs, unknown = np.r_[obs[1:], obs[-1:]], end
     next_obs = np.where(unknown[:, None], obs, next_obs)  # of a terminal it is never used
     keep &= ~unknown | terminal
+    if not keep.any():
+        raise BadInput(
+            "No row of the dataset has a next state: each is an episode of its own. Check its order and flags."
+        )
     actions = raw["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
     columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, w=w)
     data = {k: v[keep].astype(np.float32) for k, v in (columns | dict(terminals=terminal)).items()}
@@ -559,13 +575,15 @@ class Run:
         try:
             for name, thing in self.state.items():
                 thing.load_state_dict(saved[name])
+            for name, size in saved["sizes"].items():  # drop what was written after the checkpoint
+                os.truncate(self.path / name, size)
         except (KeyError, RuntimeError, ValueError) as e:
             raise BadInput(f"{self.path}/last.pt does not fit: resume with the run's own flags ({e}).") from e
+        except OSError as e:
+            raise BadInput(f"{self.path} lacks a file of the run ({e}): put it back, or start anew.") from e
         self.position, self.evaluations, self.seconds = saved["position"], saved["evaluations"], saved["seconds"]
-        for name, size in saved["sizes"].items():  # drop what was written after the checkpoint
-            os.truncate(self.path / name, size)
         torch.set_rng_state(saved["rng"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "cuda_rng" in saved:  # not in a run that began on a CPU
             torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
 
     def on_signal(self, number: int, frame) -> None:
@@ -582,11 +600,11 @@ class Run:
         start, every = self.position.get(phase, 0), 0.5 if sys.stderr.isatty() else 60
         self.phase, self.bar = phase, tqdm(total=n, initial=start, desc=phase, mininterval=every, disable=start >= n)
         for self.step in range(start, n):
+            self.position[phase] = self.step + 1  # what is saved and logged during a step counts it
             yield self.step
-            self.position[phase] = self.step + 1
             self.bar.update()
             ended = self.ended or self.step + 1 == n
-            if self.args.keep_every and self.due(self.args.keep_every):
+            if self.args.keep_every and phase != "score" and self.due(self.args.keep_every):
                 self.save(f"{phase}-{self.step + 1}.pt", self.networks)
             if ended or self.signal is not None or self.due(self.args.checkpoint_every):
                 self.save("last.pt", self.state)
@@ -627,7 +645,7 @@ class Run:
             f.writelines(f"{self.step + 1},{self.phase},{k},{v:.9g}\n" for k, v in values.items())
         with contextlib.suppress(OSError):  # a full disk again, seen later by TensorBoard's thread
             for k, v in values.items():
-                self.tensorboard.add_scalar(f"{self.phase}/{k}", v, self.total + 1)
+                self.tensorboard.add_scalar(f"{self.phase}/{k}", v, self.total)
         self.bar.set_postfix({k: f"{values[k]:.3g}" for k in show}, refresh=False)
 
     def save(self, name: str, parts: dict) -> None:
@@ -636,7 +654,8 @@ class Run:
         self.check_finite({k: all(p.isfinite().all() for p in m.parameters()) for k, m in modules.items()})
         state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
         state |= dict(position=self.position, evaluations=self.evaluations)
-        state["sizes"] = {f: (self.path / f).stat().st_size for f in ("metrics.csv", "evaluations.csv")}
+        tables = [p for p in (self.path / "metrics.csv", self.path / "evaluations.csv") if p.exists()]
+        state["sizes"] = {p.name: p.stat().st_size for p in tables}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         torch.save(state | {k: v.state_dict() for k, v in parts.items()}, whole := io.BytesIO())
@@ -660,26 +679,19 @@ class Run:
         self.evaluations.append((phase, step, score))
         tqdm.write(f"{phase:>8} {step:>9,}  score {score:6.1f}  ({min(scores):.1f} to {max(scores):.1f})")
         if phase == "online":
-            self.ended = step > 0 and score >= (self.args.stop_at_score or math.inf)
+            stop = self.args.stop_at_score
+            self.ended = step > 0 and stop is not None and score >= stop
             if score >= max(before, default=score):
                 self.save("best.pt", self.networks)
         return score
 
     def finish(self, policy: nn.Module, replay: Replay) -> None:
-        """The last evaluation, what --save-replay and --capture-video ask for, curve.png, and the run in a few lines.
+        """The last evaluation, curve.png, the run in a few lines, and what --save-replay and --capture-video ask for.
         Early: the first fifth of the online steps after the warm start. Regret: the mean over the online evaluations of
         the run's best score minus theirs."""
         import matplotlib.pyplot as plt
 
         self.evaluate("final", self.total, policy, [TaskEnv(self.task) for _ in range(self.args.final_episodes)], FINAL)
-        if self.args.save_replay is not None:
-            about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=self.args.seed)
-            replay.write(self.args.save_replay, self.task, **about, env_id=self.task.env_id)
-        if self.args.capture_video:
-            camera = TaskEnv(self.task, render_mode="rgb_array")
-            video = gym.wrappers.RecordVideo(camera, f"{self.path}/video", lambda episode: True)
-            evaluate(policy, [video], [episode_seed(self.args.seed, FINAL, 0)])
-            video.close()
         plt.switch_backend("Agg")
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         lines, start = {}, 0
@@ -690,7 +702,8 @@ class Run:
             curve = [(start + step, score) for p, step, score in self.evaluations if p == phase]
             if curve:
                 axes.plot(*zip(*curve), ".-", label=phase)
-                axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="hand-over") if start else None
+                if start > 0:
+                    axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="hand-over")
                 start = curve[-1][0]
         if online := [(step, score) for phase, step, score in self.evaluations if phase == "online"]:
             scores, warm = [score for _, score in online], self.args.warmup_steps
@@ -699,11 +712,21 @@ class Run:
             lines |= {"best": max(scores), "regret (mean of best - score)": max(scores) - float(np.mean(scores))}
         lines[f"final, {self.args.final_episodes} new episodes"] = self.evaluations[-1][2]
         axes.set(xlabel="offline updates, then environment steps", ylabel="D4RL score", title=self.path.name)
-        axes.grid(alpha=0.3), axes.legend()
+        axes.grid(alpha=0.3)
+        axes.legend()
         with self.writing("curve.png") as path:
             figure.savefig(path, dpi=150)
         plt.close(figure)
         print("\n".join(f"  {name:<32}{x:8.1f}" for name, x in lines.items()))
+        if self.args.save_replay is not None:
+            about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=self.args.seed)
+            with self.writing(self.args.save_replay.absolute()) as path:
+                replay.write(path, self.task, **about, env_id=self.task.env_id)
+        if self.args.capture_video:
+            camera = TaskEnv(self.task, render_mode="rgb_array")
+            video = gym.wrappers.RecordVideo(camera, f"{self.path}/video", lambda episode: True)
+            evaluate(policy, [video], [episode_seed(self.args.seed, FINAL, 0)])
+            video.close()
 
 
 # ==== shared: set-up
@@ -772,18 +795,20 @@ class Critics(Normalized):
         self.biases = nn.ParameterList(torch.zeros(n, 1, o) for o in sizes[1:])
         self.tanh = activation == "tanh"
 
-    def layers(self, s: Tensor, a: Tensor, members=slice(None)) -> list[Tensor]:
+    def layers(self, s: Tensor, a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
         """The hidden layers' outputs (N, B, h)."""
-        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(self.weights[0][members]), -1, -1), []
-        for W, b in zip(self.weights[:-1], self.biases[:-1]):
-            h = torch.baddbmm(b[members], h, W[members].mT)
+        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(weights[0]), -1, -1), []
+        for W, b in zip(weights[:-1], biases[:-1]):
+            h = torch.baddbmm(b, h, W.mT)
             hidden.append(h := torch.tanh(h) if self.tanh else torch.relu(h))
         return hidden
 
-    def forward(self, s: Tensor, a: Tensor, members=slice(None)) -> Tensor:
+    def forward(self, s: Tensor, a: Tensor, members: Tensor | None = None) -> Tensor:
         """(B, o), (B, a) -> (N, B), or fewer rows where only some members are asked."""
-        h = self.layers(s, a, members)[-1]
-        return (h * self.weights[-1][members]).sum(-1) + self.biases[-1][members].squeeze(-1)
+        weights, biases = self.weights, self.biases
+        if members is not None:
+            weights, biases = ([p[members] for p in stack] for stack in (weights, biases))
+        return (self.layers(s, a, weights, biases)[-1] * weights[-1]).sum(-1) + biases[-1].squeeze(-1)
 
 
 # ==== IQL's networks

@@ -101,9 +101,7 @@ class OfflineFlags:
     target_entropy_scale: float = -10.0  # target entropy per action dimension
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the target critics
-    policy_average: float = (
-        0.001  # rate of the running average of policies, which acts and is evaluated; 1: none (ours)
-    )
+    policy_average: float = 0.001  # rate of the averaged policy, which acts and is evaluated; 1: none (ours)
     kappa: float = 40.0  # weight of the score-matching loss
     alpha_mode: Literal["scaled", "fixed", "learned"] = "scaled"  # alpha_scale E|Q|; alpha_scale; the paper's alpha(s)
     alpha_scale: float = 0.015  # see alpha_mode (ours, measured in docs/smac.md)
@@ -114,12 +112,12 @@ class OfflineFlags:
 
 @dataclass
 class OnlineFlags:
-    online_algorithm: Literal["sac", "td3", "td3+bc", "awr", "none"] = "sac"  # what goes on training the networks
+    online_algorithm: Literal["sac", "td3", "td3+bc", "awr", "none"] = "sac"  # algorithm of the online phase
     online_steps: int = 200_000  # environment steps, warm start included (paper, 4.2)
     warmup_steps: int = 5_000  # first online steps: the pretrained policy collects, nothing is updated (paper, 4.2)
     online_batch_size: int = 1024  # transitions, from dataset and replay
     offline_fraction: float = 0.5  # share of each online batch that comes from the dataset (paper, 4.2)
-    utd: int = 1  # critic updates a step, each on online_batch_size / utd rows; one policy update on all of them
+    utd: int = 1  # critic updates a step, each on 1/utd of the batch (WSRL 4); one policy update on all of it
     backup_entropy: bool = False  # SAC's entropy bonus in the TD target (the paper's L_AC has none)
     awr_temperature: float = 0.4  # awr: weight exp(awr_temperature (Q - V)), at most 100
     bc_weight: float = 5.0  # td3+bc: -Q / mean |Q| + bc_weight (pi(s) - a)^2, a mean over dimensions
@@ -142,8 +140,8 @@ ROWS = {
     | dict(online_steps=17_500, warmup_steps=2_000, online_batch_size=256, eval_every=2_500, eval_episodes=10),
     "from-scratch": dict(num_critics=2, critic_hidden=(256, 256), critic_activation="relu", policy_hidden=(256, 256))
     | dict(policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0, backup_entropy=True, optimizer="adam")
-    | dict(policy_average=1.0, online_steps=1_000_000, online_batch_size=256, offline_fraction=0.0)
-    | dict(eval_every=5_000, eval_episodes=10),
+    | dict(critic_lr=3e-4, tau=0.005, normalize_observations=False, policy_average=1.0, offline_fraction=0.0)
+    | dict(online_steps=1_000_000, warmup_steps=5_000, online_batch_size=256, eval_every=5_000, eval_episodes=10),
 }
 NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "optimizer", "muon_scale")
 NETWORK_FLAGS += ("score_hidden", "score_blocks", "score_condition_hidden")
@@ -175,11 +173,16 @@ def parse_flags() -> SimpleNamespace:
     kind = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
     flags = tyro.cli(kind, default=kind(*groups), description=(__doc__ or "").split("\n\n")[0])
     args = SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
-    counts = ("eval_every", "eval_episodes", "final_episodes", "log_every", "checkpoint_every", "num_critics", "utd")
-    if low := [f"--{k.replace('_', '-')}" for k in counts if getattr(args, k, 1) < 1]:
-        raise BadInput(f"{', '.join(low)}: at least 1 is needed.")
+    least = dict.fromkeys(("seed", "score_steps", "offline_steps", "online_steps", "warmup_steps"), 0)
+    for k, v in vars(args).items():  # a layer's width, a batch, an interval, ...: 1 or more, unless said above
+        whole = v if isinstance(v, tuple) else (v,) if type(v) is int else ()
+        if v == () or any(x < least.get(k, 1) for x in whole):
+            raise BadInput(f"--{k.replace('_', '-')} {v}: at least {least.get(k, 1)} is needed.")
     if args.online_batch_size % getattr(args, "utd", 1) or not 0 <= args.offline_fraction <= 1:
         raise BadInput("--online-batch-size must be a multiple of --utd, and --offline-fraction lie between 0 and 1.")
+    for flag, path in dict(runs_dir=args.runs_dir, save_replay=args.save_replay and args.save_replay.parent).items():
+        if path and any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
+            raise BadInput(f"--{flag.replace('_', '-')}: {path} is no folder and cannot become one.")
     for flag, package in dict(track="wandb", capture_video="moviepy").items():
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise BadInput(f"--{flag.replace('_', '-')} needs {package}: pip install {package}.")
@@ -268,11 +271,12 @@ def read_dataset(task: Task, dataset: str | None) -> dict[str, np.ndarray]:
     required, optional = ("observations", "actions", "rewards", "terminals"), ("timeouts", "next_observations")
     try:
         with h5py.File(path) as f:
-            raw = {k: f[k][()] for k in required + optional if k in f}
+            raw = {k: np.asarray(f[k]) for k in required + optional if getattr(f.get(k), "shape", None)}
     except FileNotFoundError as e:
         raise BadInput(f"{path}: no such file. --dataset takes a D4RL-layout HDF5 file or minari:ID.") from e
     except (OSError, RuntimeError) as e:
-        raise BadInput(f"{path}: not a whole HDF5 file ({e}). Delete it and fetch it again.") from e
+        again = "name another file" if dataset else "delete it, and the next run fetches it again"
+        raise BadInput(f"{path}: not a whole HDF5 file ({e}): {again}.") from e
     if missing := [k for k in required if k not in raw]:
         raise BadInput(f"{path}: {', '.join(missing)} missing; D4RL's layout has {', '.join(required)}.")
     return raw
@@ -290,6 +294,8 @@ def minari_episodes(task: Task, name: str):
         obs = e.observations["observation"] if isinstance(e.observations, dict) else e.observations
         rewards = np.cumsum(e.rewards) if task.domain == "kitchen" else e.rewards  # Minari's pays each subtask once
         if task.domain == "adroit":
+            if "success" not in (e.infos or {}):
+                raise BadInput(f"minari:{name} does not record success in its infos, which a binary task needs.")
             rewards = np.asarray(e.infos["success"], np.float32)[-len(e.rewards) :] - 1
         row = dict(observations=obs[:-1], actions=e.actions, rewards=rewards, next_observations=obs[1:])
         yield row | dict(terminals=e.terminations, timeouts=e.truncations)
@@ -301,7 +307,11 @@ def adroit_episodes(stem: Path):
         if not path.is_file():
             where = f"offpolicy_hand_data (Google Drive 1yUdJnGgYit94X_AvV6JJP5Y3Lx2JF30Y) into {stem.parent.parent}"
             raise BadInput(f"{path}: no such file. Unpack {where}, or name an HDF5 file of the task with --dataset.")
-        for e in np.load(path, allow_pickle=True):
+        try:
+            episodes = np.load(path, allow_pickle=True)
+        except Exception as e:  # whatever unpickling raises
+            raise BadInput(f"{path}: not a whole .npy file ({type(e).__name__}: {e}); unpack it again.") from e
+        for e in episodes:
             obs = np.asarray([o["state_observation"] if isinstance(o, dict) else o for o in e["observations"]])
             n = min(len(obs), len(e["actions"]), len(e["rewards"]))  # some episodes hold one reward too many
             row = dict(observations=obs[:n], actions=e["actions"][:n], rewards=np.reshape(e["rewards"][:n], n))
@@ -314,7 +324,7 @@ def check_dataset(raw: dict[str, np.ndarray], obs_dim: int, act_dim: int, name: 
         raise BadInput(f"{name}: the dataset is empty ({n} rows).")
     for k, v in raw.items():
         dim = {"observations": obs_dim, "next_observations": obs_dim, "actions": act_dim}.get(k, 1)
-        if v.dtype.kind not in "fiub" or len(v) != n or v.size != n * dim:
+        if v.dtype.kind not in "fiub" or v.shape[:1] != (n,) or v.size != n * dim:
             shape = f"({n}, {dim}), as in the environment" if dim > 1 else f"({n},), a number a row"
             raise BadInput(f"{name}: {k} is {v.dtype} of shape {v.shape}; it has to be numeric of shape {shape}.")
         if not np.isfinite(v).all():
@@ -375,6 +385,10 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
         next_obs, unknown = np.r_[obs[1:], obs[-1:]], end
     next_obs = np.where(unknown[:, None], obs, next_obs)  # of a terminal it is never used
     keep &= ~unknown | terminal
+    if not keep.any():
+        raise BadInput(
+            "No row of the dataset has a next state: each is an episode of its own. Check its order and flags."
+        )
     actions = raw["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
     columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, w=w)
     data = {k: v[keep].astype(np.float32) for k, v in (columns | dict(terminals=terminal)).items()}
@@ -584,13 +598,15 @@ class Run:
         try:
             for name, thing in self.state.items():
                 thing.load_state_dict(saved[name])
+            for name, size in saved["sizes"].items():  # drop what was written after the checkpoint
+                os.truncate(self.path / name, size)
         except (KeyError, RuntimeError, ValueError) as e:
             raise BadInput(f"{self.path}/last.pt does not fit: resume with the run's own flags ({e}).") from e
+        except OSError as e:
+            raise BadInput(f"{self.path} lacks a file of the run ({e}): put it back, or start anew.") from e
         self.position, self.evaluations, self.seconds = saved["position"], saved["evaluations"], saved["seconds"]
-        for name, size in saved["sizes"].items():  # drop what was written after the checkpoint
-            os.truncate(self.path / name, size)
         torch.set_rng_state(saved["rng"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "cuda_rng" in saved:  # not in a run that began on a CPU
             torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
 
     def on_signal(self, number: int, frame) -> None:
@@ -607,11 +623,11 @@ class Run:
         start, every = self.position.get(phase, 0), 0.5 if sys.stderr.isatty() else 60
         self.phase, self.bar = phase, tqdm(total=n, initial=start, desc=phase, mininterval=every, disable=start >= n)
         for self.step in range(start, n):
+            self.position[phase] = self.step + 1  # what is saved and logged during a step counts it
             yield self.step
-            self.position[phase] = self.step + 1
             self.bar.update()
             ended = self.ended or self.step + 1 == n
-            if self.args.keep_every and self.due(self.args.keep_every):
+            if self.args.keep_every and phase != "score" and self.due(self.args.keep_every):
                 self.save(f"{phase}-{self.step + 1}.pt", self.networks)
             if ended or self.signal is not None or self.due(self.args.checkpoint_every):
                 self.save("last.pt", self.state)
@@ -652,7 +668,7 @@ class Run:
             f.writelines(f"{self.step + 1},{self.phase},{k},{v:.9g}\n" for k, v in values.items())
         with contextlib.suppress(OSError):  # a full disk again, seen later by TensorBoard's thread
             for k, v in values.items():
-                self.tensorboard.add_scalar(f"{self.phase}/{k}", v, self.total + 1)
+                self.tensorboard.add_scalar(f"{self.phase}/{k}", v, self.total)
         self.bar.set_postfix({k: f"{values[k]:.3g}" for k in show}, refresh=False)
 
     def save(self, name: str, parts: dict) -> None:
@@ -661,7 +677,8 @@ class Run:
         self.check_finite({k: all(p.isfinite().all() for p in m.parameters()) for k, m in modules.items()})
         state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
         state |= dict(position=self.position, evaluations=self.evaluations)
-        state["sizes"] = {f: (self.path / f).stat().st_size for f in ("metrics.csv", "evaluations.csv")}
+        tables = [p for p in (self.path / "metrics.csv", self.path / "evaluations.csv") if p.exists()]
+        state["sizes"] = {p.name: p.stat().st_size for p in tables}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         torch.save(state | {k: v.state_dict() for k, v in parts.items()}, whole := io.BytesIO())
@@ -685,26 +702,19 @@ class Run:
         self.evaluations.append((phase, step, score))
         tqdm.write(f"{phase:>8} {step:>9,}  score {score:6.1f}  ({min(scores):.1f} to {max(scores):.1f})")
         if phase == "online":
-            self.ended = step > 0 and score >= (self.args.stop_at_score or math.inf)
+            stop = self.args.stop_at_score
+            self.ended = step > 0 and stop is not None and score >= stop
             if score >= max(before, default=score):
                 self.save("best.pt", self.networks)
         return score
 
     def finish(self, policy: nn.Module, replay: Replay) -> None:
-        """The last evaluation, what --save-replay and --capture-video ask for, curve.png, and the run in a few lines.
+        """The last evaluation, curve.png, the run in a few lines, and what --save-replay and --capture-video ask for.
         Early: the first fifth of the online steps after the warm start. Regret: the mean over the online evaluations of
         the run's best score minus theirs."""
         import matplotlib.pyplot as plt
 
         self.evaluate("final", self.total, policy, [TaskEnv(self.task) for _ in range(self.args.final_episodes)], FINAL)
-        if self.args.save_replay is not None:
-            about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=self.args.seed)
-            replay.write(self.args.save_replay, self.task, **about, env_id=self.task.env_id)
-        if self.args.capture_video:
-            camera = TaskEnv(self.task, render_mode="rgb_array")
-            video = gym.wrappers.RecordVideo(camera, f"{self.path}/video", lambda episode: True)
-            evaluate(policy, [video], [episode_seed(self.args.seed, FINAL, 0)])
-            video.close()
         plt.switch_backend("Agg")
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         lines, start = {}, 0
@@ -715,7 +725,8 @@ class Run:
             curve = [(start + step, score) for p, step, score in self.evaluations if p == phase]
             if curve:
                 axes.plot(*zip(*curve), ".-", label=phase)
-                axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="hand-over") if start else None
+                if start > 0:
+                    axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="hand-over")
                 start = curve[-1][0]
         if online := [(step, score) for phase, step, score in self.evaluations if phase == "online"]:
             scores, warm = [score for _, score in online], self.args.warmup_steps
@@ -724,11 +735,21 @@ class Run:
             lines |= {"best": max(scores), "regret (mean of best - score)": max(scores) - float(np.mean(scores))}
         lines[f"final, {self.args.final_episodes} new episodes"] = self.evaluations[-1][2]
         axes.set(xlabel="offline updates, then environment steps", ylabel="D4RL score", title=self.path.name)
-        axes.grid(alpha=0.3), axes.legend()
+        axes.grid(alpha=0.3)
+        axes.legend()
         with self.writing("curve.png") as path:
             figure.savefig(path, dpi=150)
         plt.close(figure)
         print("\n".join(f"  {name:<32}{x:8.1f}" for name, x in lines.items()))
+        if self.args.save_replay is not None:
+            about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=self.args.seed)
+            with self.writing(self.args.save_replay.absolute()) as path:
+                replay.write(path, self.task, **about, env_id=self.task.env_id)
+        if self.args.capture_video:
+            camera = TaskEnv(self.task, render_mode="rgb_array")
+            video = gym.wrappers.RecordVideo(camera, f"{self.path}/video", lambda episode: True)
+            evaluate(policy, [video], [episode_seed(self.args.seed, FINAL, 0)])
+            video.close()
 
 
 # ==== shared: set-up
@@ -797,18 +818,20 @@ class Critics(Normalized):
         self.biases = nn.ParameterList(torch.zeros(n, 1, o) for o in sizes[1:])
         self.tanh = activation == "tanh"
 
-    def layers(self, s: Tensor, a: Tensor, members=slice(None)) -> list[Tensor]:
+    def layers(self, s: Tensor, a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
         """The hidden layers' outputs (N, B, h)."""
-        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(self.weights[0][members]), -1, -1), []
-        for W, b in zip(self.weights[:-1], self.biases[:-1]):
-            h = torch.baddbmm(b[members], h, W[members].mT)
+        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(weights[0]), -1, -1), []
+        for W, b in zip(weights[:-1], biases[:-1]):
+            h = torch.baddbmm(b, h, W.mT)
             hidden.append(h := torch.tanh(h) if self.tanh else torch.relu(h))
         return hidden
 
-    def forward(self, s: Tensor, a: Tensor, members=slice(None)) -> Tensor:
+    def forward(self, s: Tensor, a: Tensor, members: Tensor | None = None) -> Tensor:
         """(B, o), (B, a) -> (N, B), or fewer rows where only some members are asked."""
-        h = self.layers(s, a, members)[-1]
-        return (h * self.weights[-1][members]).sum(-1) + self.biases[-1][members].squeeze(-1)
+        weights, biases = self.weights, self.biases
+        if members is not None:
+            weights, biases = ([p[members] for p in stack] for stack in (weights, biases))
+        return (self.layers(s, a, weights, biases)[-1] * weights[-1]).sum(-1) + biases[-1].squeeze(-1)
 
 
 # ==== shared: tanh-Gaussian policy
@@ -850,7 +873,9 @@ def log_prob(policy: Policy, s: Tensor, a: Tensor) -> Tensor:
 
 def action_gradient(critic: Critics, s: Tensor, a: Tensor) -> Tensor:
     """grad_a Q_i(s, a) (N, B, a) by the chain rule, written out: its own gradient then takes one backward pass."""
-    slopes = [1 - h * h if critic.tanh else (h > 0).to(h.dtype) for h in critic.layers(s, a)]
+    slopes = [
+        1 - h * h if critic.tanh else (h > 0).to(h.dtype) for h in critic.layers(s, a, critic.weights, critic.biases)
+    ]
     g = critic.weights[-1] * slopes[-1]
     for W, slope in zip(reversed(critic.weights[1:-1]), reversed(slopes[:-1])):
         g = (g @ W) * slope
@@ -906,7 +931,7 @@ class Agent(nn.Module):
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))  # initial temperature 1 (SAC)
         self.alpha_net = mlp([obs_dim, 256, 256]).append(dense(256, 1))  # alpha_psi(s) (Table 7); --alpha-mode learned
-        self.register_buffer("q_scale", torch.zeros(()))  # running mean |TD target|; --alpha-mode scaled
+        self.register_buffer("q_scale", torch.zeros(()))  # running mean |TD target|, from 0; --alpha-mode scaled
 
 
 def make_optimizers(agent: Agent, args: SimpleNamespace) -> dict[str, Muon]:
@@ -921,7 +946,7 @@ def make_optimizers(agent: Agent, args: SimpleNamespace) -> dict[str, Muon]:
 
 
 def set_learning_rates(optimizers: dict[str, Muon], args: SimpleNamespace) -> None:
-    """The flags' rates; an optimiser's state from --init-from brings its own along."""
+    """The flags' rates, after --init-from and --resume too: an optimiser's state brings its old ones along."""
     rates = dict(critic=args.critic_lr, policy=args.policy_lr, temperature=args.temperature_lr, alpha_net=1e-4)
     for name, group in ((k, group) for k, v in optimizers.items() for group in v.param_groups):
         group["lr"].fill_(rates[name])  # alpha_net's: Table 7
@@ -1039,7 +1064,7 @@ class Updates:
         s, a, r, s_next, terminal, _ = rows.split(self.sizes, 1)
         y, q = self.td_target(r, s_next, terminal, td3=False), agent.critic(s, a)
         loss = td_loss(q, y)
-        metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0).mean())
+        metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0, correction=0).mean())
         if args.kappa > 0:
             with torch.no_grad():  # B(A): half of the actions from the policy, half uniform (paper, 6.2)
                 half = len(s) // 2
@@ -1049,7 +1074,7 @@ class Updates:
             if args.alpha_mode == "learned":
                 alpha = agent.alpha_net(self.model.normalize(s))
             else:
-                alpha = args.alpha_scale * (agent.q_scale if args.alpha_mode == "scaled" else torch.ones_like(r[0]))
+                alpha = args.alpha_scale * (agent.q_scale if args.alpha_mode == "scaled" else torch.ones_like(loss))
             sm_loss = score_matching_loss(action_gradient(agent.critic, s, a_B), score, alpha)
             if args.alpha_mode == "learned":
                 descend(sm_loss, self.optimizers["alpha_net"], retain_graph=True)
@@ -1073,9 +1098,9 @@ class Updates:
             s, a, r, s_next, terminal, _ = part.split(self.sizes, 1)
             y, q = self.td_target(r, s_next, terminal, self.is_td3), agent.critic(s, a)
             loss = td_loss(q, y)
-            metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0).mean())
+            metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0, correction=0).mean())
             descend(loss, self.optimizers["critic"])
-            if delayed or not self.is_td3:
+            if not self.is_td3 or delayed:  # in this order torch.compile makes one graph of SAC, not two
                 follow(agent.critic_target, agent.critic, args.tau)
         s, a, *_ = rows.split(self.sizes, 1)
         if args.online_algorithm == "sac":
@@ -1123,6 +1148,8 @@ def adopt(state: dict[str, Tensor], act_dim: int) -> dict[str, Tensor]:
 
 def main() -> None:
     args = parse_flags()
+    if args.score_steps == 0 and args.kappa > 0 and args.offline_steps > 0 and args.init_from is None:
+        raise BadInput("--score-steps 0 leaves no score to match: fit one, or set --kappa 0.")
     inputs = set_up(args)
     dataset, replay, env, device = inputs.dataset, inputs.replay, inputs.env, inputs.device
     obs_dim, act_dim = replay.sizes[:2]
@@ -1150,8 +1177,8 @@ def main() -> None:
                 agent.load_state_dict(ours | {k: theirs[k] for k in ours if k in theirs})
         except (KeyError, RuntimeError, ValueError) as e:
             raise BadInput(f"{args.init_from} does not fit the task or the flags ({e}).") from e
-    set_learning_rates(optimizers, args)
     run = Run(args, "smac", inputs, networks, dict(model=model, fit=fit, replay=replay, env=env))
+    set_learning_rates(optimizers, args)
 
     # ---- phase 1: the score of the dataset's actions
     for step in run.steps("score", 0 if from_scratch or args.init_from else args.score_steps):
@@ -1181,22 +1208,23 @@ def main() -> None:
             run.save("offline.pt", networks)
 
     # ---- phase 3: a plain online algorithm
-    from_dataset = round(args.offline_fraction * args.online_batch_size)
+    from_dataset = 0 if from_scratch else round(args.offline_fraction * args.online_batch_size)
     for step in run.steps("online", 0 if args.online_algorithm == "none" else args.online_steps):
         if step == 0:
             run.evaluate("online", 0, agent.policy_average)
         with run.clock("environment"):
-            warm = step >= args.warmup_steps
-            if from_scratch and not warm:
+            learning = step >= args.warmup_steps
+            if from_scratch and not learning:
                 action = 2 * torch.rand(act_dim) - 1
             else:
-                action = updates.act(torch.as_tensor(env.obs, device=device)[None], updates.is_td3 and warm)[0]
+                action = updates.act(torch.as_tensor(env.obs, device=device)[None], updates.is_td3 and learning)[0]
             collect(env, action.cpu().numpy(), replay, args.seed)
-        if warm:
+        if learning:
             with run.clock("update"):
                 rows = replay.sample(args.online_batch_size - from_dataset)
                 if from_dataset > 0:  # shuffled, for utd > 1 cuts the batch into parts
-                    rows = torch.cat([rows, dataset.sample(from_dataset)])[torch.randperm(args.online_batch_size)]
+                    rows = torch.cat([rows, dataset.sample(from_dataset)])
+                    rows = rows[torch.randperm(len(rows), device=device)]
                 metrics = updates.online(rows, run.due(2))
             if run.due(args.log_every):
                 run.log(metrics | (updates.identity(rows[:256]) if average.fitted else {}), "q", "td_loss")

@@ -58,6 +58,7 @@ def test_a_wrong_input_is_one_line_and_exit_code_2(tmp_path, flags, parts):
         (dict(actions=np.zeros((N, 6))), ["actions", "(12, 6)", "(12, 3)"]),
         (dict(rewards=np.zeros((N, 2))), ["rewards", "(12, 2)"]),
         (dict(rewards=np.zeros(N - 1)), ["rewards", "(11,)"]),
+        (dict(rewards=np.zeros(()), observations=np.zeros(())), ["observations, rewards missing"]),
         (dict(rewards=np.array([b"a"] * N)), ["rewards", "numeric"]),
         (with_value("actions", (3, 1), -1.5), ["actions", "1.5"]),
         ({name: column[:0] for name, column in GOOD.items()}, ["empty"]),
@@ -102,10 +103,36 @@ def test_a_minari_dataset_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
         ["--eval-every", 0],
         ["--log-every", 0],
         ["--num-critics", 0],
+        ["--seed", -1],
+        ["--torch-threads", 0],
+        ["--offline-steps", -1],
+        ["--online-batch-size", 0],
+        ["--policy-hidden"],
+        ["--critic-hidden", 16, 0],
+        ["--score-steps", 0],
+        ["--save-replay", f"{__file__}/replay.hdf5"],
     ],
 )
 def test_impossible_numbers_are_refused(tmp_path, flags):
     assert flags[0] in refused(tmp_path / "runs", *flags)
+
+
+def test_episodes_of_one_row_leave_nothing_to_learn_from(tmp_path):
+    path = write_hdf5(tmp_path / "a.hdf5", GOOD | dict(timeouts=np.ones(N), terminals=np.zeros(N)))
+    assert "next state" in refused(tmp_path / "runs", "--dataset", path)
+
+
+def test_a_file_in_place_of_the_runs_folder_is_refused(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(smac.BadInput, match="no folder"):
+        run_here(*TINY, "--runs-dir", tmp_path / "runs" / "below")
+
+
+def test_a_resumed_run_that_lost_a_table_is_refused(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run" / "metrics.csv").unlink()
+    with pytest.raises(smac.BadInput, match="lacks a file of the run"):
+        run_here("--resume", tmp_path / "run")
 
 
 def test_an_unknown_flag_ends_with_code_2(capsys):

@@ -107,6 +107,7 @@ SWEEPS = {
     "paper-table-1": 96 + 384,
     "smoke": 2,
     "transfer-embedded": 12 + 48,
+    "transfer-sac": 6 + 6,
 }
 
 
@@ -133,7 +134,7 @@ def test_the_transfer_table_starts_every_online_run_from_its_own_pretraining(mon
     assert len(pairs) == 4 * 6 * 4 * 4 and {j.script for j in online} == {"smac_offline_to_online.py"}
     for job in online:
         assert (job.parent.flags["task"], job.parent.flags["seed"]) == (job.flags["task"], job.flags["seed"])
-        assert job.parent.flags["online-algorithm"] == "none"
+        assert job.parent.flags["online-steps"] == 0
         command = sweep.command(job)
         assert command[command.index("--init-from") + 1] == f"{job.parent.folder}/RUN/offline.pt"
 

@@ -92,6 +92,23 @@ def test_nineteen_of_twenty_singular_values_come_near_one(shape):
     assert error < 0.3 and error <= reference
 
 
+def test_in_bfloat16_a_matrix_of_rank_one_stays_below_the_steep_part(monkeypatch):
+    """Its largest singular value is the norm that it is divided by: rounded up, it would be thrown far away."""
+    monkeypatch.setattr(muon, "bf16_is_fast", lambda device: True)
+    G = torch.randn(60, 64, 1) @ torch.randn(60, 1, 64) + 1e-3 * torch.randn(60, 64, 64)
+    assert torch.linalg.svdvals(orthogonalize(G)).max() < 1.35
+
+
+def test_gradients_may_lie_in_memory_in_any_order():
+    """torch's fused Adam on a CPU takes them as they lie: a transposed view has to come to it in order."""
+    straight, turned = parameters((6, 4)), parameters((6, 4))
+    gradient = torch.randn(6, 4)
+    for p, g in zip((*straight, *turned), (gradient, gradient.mT.contiguous().mT)):
+        p.grad = g
+        Muon([], [p], lr=0.01).step()
+    assert not turned[0].grad.is_contiguous() and torch.equal(straight[0], turned[0])
+
+
 def test_the_gradient_stays_readable():
     params, all_gradients = parameters((6, 4), (5,)), gradients((6, 4), (5,))
     train(Muon(params[:1], params[1:]), params, all_gradients)

@@ -170,6 +170,16 @@ def test_resumed_twice_and_after_its_end(dataset, reference, tmp_path, monkeypat
     assert_same_outcome(folder, reference)
 
 
+def test_a_learning_rate_given_with_resume_counts(dataset, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, "offline", 37, die)
+        run_here(*flags(dataset, tmp_path))
+    run_here("--resume", only_run(tmp_path), "--critic-lr", 1e-5)
+    state = load(only_run(tmp_path) / "last.pt")
+    assert [group["lr"].item() for group in state["critic"]["param_groups"]] == pytest.approx([1e-5] * 2)
+    assert state["policy"]["param_groups"][0]["lr"].item() == pytest.approx(state["args"]["policy_lr"])
+
+
 @pytest.mark.parametrize("start", ["scratch", "offline.pt"])
 def test_other_starts_resume_as_well(dataset, reference, tmp_path, monkeypatch, start):
     """Even when the checkpoint that the run started from is gone."""

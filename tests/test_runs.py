@@ -164,6 +164,30 @@ def test_init_from_takes_the_learning_rates_of_the_flags(reference, dataset, tmp
     assert rates == pytest.approx([1e-5, 1e-5])
 
 
+def test_a_checkpoint_counts_the_step_it_was_made_in(reference):
+    assert load(reference / "offline.pt")["position"] == dict(score=50, offline=50)
+
+
+def test_from_scratch_leaves_a_fraction_of_no_dataset(tmp_path):
+    few = ["--offline-steps", 0, "--offline-fraction", 0.5, "--runs-dir", tmp_path]
+    assert load(run_here(*TINY, *few) / "last.pt")["position"] == dict(online=80)
+
+
+def test_a_single_critic_is_enough(dataset, tmp_path):
+    folder = run_here(*TINY, "--dataset", dataset, "--runs-dir", tmp_path, "--num-critics", 1)
+    assert load(folder / "last.pt")["position"]["online"] == 80
+
+
+def test_what_cannot_be_written_at_the_end_does_not_cost_the_summary(reference, dataset, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(smac.Replay, "write", full)
+    start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
+    folder = run_here(*TINY, *start, "--save-replay", tmp_path / "replay.hdf5")
+    assert (folder / "curve.png").exists()
+
+
 def test_stop_at_score_ends_the_run_early(reference, dataset, tmp_path):
     start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
     folder = run_here(*TINY, *start, "--stop-at-score", -1000)
