@@ -61,7 +61,7 @@ class RunFlags:
     runs_dir: Path = Path("runs")  # where run folders are made
     device: str = "auto"  # auto: cuda where there is one; else cpu, cuda:1, ...
     torch_threads: int = 1  # CPU threads. Matrices this small gain little from more: better start one run a core
-    compile: bool = False  # compile the update steps (takes a minute; CUDA graphs on a GPU); needs a C++ compiler
+    compile: bool = False  # compile the update steps (takes a minute; not tried on a GPU); needs a C++ compiler
     checkpoint_every: int = 10_000  # steps between checkpoints; one more at a phase's end, on Ctrl-C and on SIGTERM
     keep_every: int | None = None  # also keep the networks every so many steps, as offline-5000.pt (for landscapes)
     log_every: int = 500  # steps between rows of metrics.csv and TensorBoard
@@ -1008,7 +1008,8 @@ def follow(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 def compiled(step, args: SimpleNamespace, device: torch.device):
-    """The update step under --compile: one graph with the optimisers in it, on a GPU one CUDA graph."""
+    """The update step under --compile: one graph with the optimisers in it. On a GPU CUDA graphs are asked for; whether
+    torch makes them of steps that change optimiser state is not measured."""
     if not args.compile:
         return step
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph

@@ -181,8 +181,9 @@ def test_compiled_updates_go_the_same_way(row, float32):
     for name, x in metrics.items():
         torch.testing.assert_close(compiled_metrics[name], x, rtol=1e-4, atol=1e-5, msg=name)
     for name, x in state.items():
+        # looser than the losses: where a gradient is near 0, Adam makes full steps of what is rounding in it
         worst = (compiled_state[name] - x).norm() / x.norm().clamp(min=1e-3) if x.is_floating_point() else 0
-        assert worst < 1e-4, name
+        assert worst < 5e-3, name
 
 
 # ---- CUDA
