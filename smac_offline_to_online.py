@@ -101,7 +101,7 @@ class OfflineFlags:
     target_entropy_scale: float = -10.0  # target entropy per action dimension
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the target critics
-    policy_average: float = 0.001  # rate of the averaged policy, which acts and is evaluated; 1: none (ours)
+    policy_average: float = 0.001  # rate of the averaged policy, handed over and evaluated; 1: none (ours)
     kappa: float = 40.0  # weight of the score-matching loss
     alpha_mode: Literal["scaled", "fixed", "learned"] = "scaled"  # alpha_scale E|Q|; alpha_scale; the paper's alpha(s)
     alpha_scale: float = 0.015  # see alpha_mode (ours, measured in docs/smac.md)
@@ -926,7 +926,7 @@ class Agent(nn.Module):
         super().__init__()
         self.policy = Policy(obs_dim, act_dim, args.policy_hidden)
         self.critic = Critics(args.num_critics, obs_dim, act_dim, args.critic_hidden, args.critic_activation)
-        self.policy_average = copy.deepcopy(self.policy).requires_grad_(False)  # acts, offline and online
+        self.policy_average = copy.deepcopy(self.policy).requires_grad_(False)  # is evaluated, offline and online
         self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)  # for TD3's targets
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))  # initial temperature 1 (SAC)
@@ -1028,11 +1028,12 @@ class Updates:
         self.offline, self.online = compiled(self.offline, args, device), compiled(self.online, args, device)
 
     @torch.no_grad()
-    def act(self, s: Tensor, explore: bool) -> Tensor:
-        """Actions for collecting: the stochastic policy's, or TD3's mean with noise."""
-        if not explore:
-            return self.agent.policy_average.sample(s)[0]
-        a = self.agent.policy_average.mode(s)
+    def act(self, s: Tensor, learning: bool) -> Tensor:
+        """Actions for collecting. In the warm start the stochastic average's. Then the policy's own, or TD3's mean with
+        noise: where the average went on acting, no data showed the policy its mistakes (docs/smac.md)."""
+        if not (learning and self.is_td3):
+            return (self.agent.policy if learning else self.agent.policy_average).sample(s)[0]
+        a = self.agent.policy.mode(s)
         return (a + self.args.exploration_noise * torch.randn_like(a)).clamp(-1, 1)
 
     @torch.no_grad()
@@ -1218,7 +1219,7 @@ def main() -> None:
             if from_scratch and not learning:
                 action = 2 * torch.rand(act_dim) - 1
             else:
-                action = updates.act(torch.as_tensor(env.obs, device=device)[None], updates.is_td3 and learning)[0]
+                action = updates.act(torch.as_tensor(env.obs, device=device)[None], learning)[0]
             collect(env, action.cpu().numpy(), replay, args.seed)
         if learning:
             with run.clock("update"):
