@@ -102,12 +102,14 @@ def jobs_of(path, monkeypatch, tmp_path) -> list:
 
 
 SWEEPS = {
-    "ablations": 15 * 3,
+    "ablations": 10 * 3,
+    "default": 5,
     "dataset-size": 2 * 36,
+    "door": 3 + 3,
     "paper-table-1": 96 + 384,
     "smoke": 2,
     "transfer-embedded": 12 + 48,
-    "transfer-sac": 6 + 6,
+    "walker2d": 3,
 }
 
 

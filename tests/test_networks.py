@@ -280,7 +280,7 @@ def test_what_an_online_update_moves(algorithm, delayed, expected):
     assert moved(agent, lambda: updates.online(rows, delayed)) == expected
 
 
-def test_the_average_of_policies_acts():
+def test_the_average_of_policies_collects_the_warm_start_and_the_policy_itself_what_follows():
     agent, updates, rows = small(policy_average=0.1)
     old = [p.clone() for p in agent.policy_average.parameters()]
     updates.online(rows, True)
@@ -289,7 +289,12 @@ def test_the_average_of_policies_acts():
     agent.policy_average.head.bias[:ACT] = 9.0
     agent.policy_average.head.bias[ACT:] = -9.0
     s = rows.split(updates.sizes, 1)[0]
-    assert (updates.act(s, explore=False) > 0.9).all() and (agent.policy.mode(s) < 0.9).all()
+    assert (updates.act(s, learning=False) > 0.9).all() and (updates.act(s, learning=True) < 0.9).any()
+    agent.policy.head.bias.data[:ACT] = -9.0
+    agent.policy.head.bias.data[ACT:] = -9.0
+    assert (updates.act(s, learning=True) < -0.9).all()
+    updates.is_td3 = True
+    assert (updates.act(s, learning=False) > 0.9).all() and (updates.act(s, learning=True) < -0.4).all()
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
