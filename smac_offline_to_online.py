@@ -136,7 +136,7 @@ ROWS = {
     "hopper-embedded": dict(score_steps=10_000, score_batch_size=128, score_lr=1e-3, score_hidden=128, score_blocks=2)
     | dict(score_condition_hidden=(128, 128), offline_steps=30_000, num_critics=4, critic_hidden=(128, 128))
     | dict(policy_hidden=(128, 128), normalize_observations=True, critic_lr=1e-3, policy_lr=3e-4, tau=0.02)
-    | dict(kappa=1.0, temperature_lr=3e-4, target_entropy_scale=-1.0, policy_average=5e-4)
+    | dict(kappa=1.0, temperature_lr=3e-4, target_entropy_scale=-1.0, policy_average=2e-4)
     | dict(online_steps=17_500, warmup_steps=2_000, online_batch_size=256, eval_every=2_500, eval_episodes=10),
     "from-scratch": dict(num_critics=2, critic_hidden=(256, 256), critic_activation="relu", policy_hidden=(256, 256))
     | dict(policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0, backup_entropy=True, optimizer="adam")

@@ -102,7 +102,7 @@ def jobs_of(path, monkeypatch, tmp_path) -> list:
 
 
 SWEEPS = {
-    "ablations": 10 * 3,
+    "ablations": 11 * 3,
     "default": 5,
     "dataset-size": 2 * 36,
     "door": 3 + 3,
