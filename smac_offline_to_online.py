@@ -1212,7 +1212,9 @@ def main() -> None:
     # ---- phase 3: a plain online algorithm
     from_dataset = 0 if from_scratch else round(args.offline_fraction * args.online_batch_size)
     for step in run.steps("online", 0 if args.online_algorithm == "none" else args.online_steps):
-        if step == 0:
+        if step == 0:  # what was evaluated is what goes on
+            agent.policy.load_state_dict(agent.policy_average.state_dict())
+            agent.policy_target.load_state_dict(agent.policy_average.state_dict())
             run.evaluate("online", 0, agent.policy_average)
         with run.clock("environment"):
             learning = step >= args.warmup_steps

@@ -113,7 +113,8 @@ def mean_policy(state: dict, act_dim: int, prefix: str = "") -> dict[str, torch.
 
 def describe(args: dict, position: dict, path: Path) -> str:
     source = re.fullmatch(r".+__(\w+)__\d+__\d{8}-\d+", Path(args.get("init_from") or "").parent.name)
-    online = f" + {args['online_algorithm']} {position['online']:,}" if position.get("online") else ""
+    algorithm = args.get("online_algorithm", args["algorithm"])  # the baselines' scripts have one, their own
+    online = f" + {algorithm} {position['online']:,}" if position.get("online") else ""
     return f"{source[1] if source else args['algorithm']}{online} ({path.name})"
 
 
@@ -179,8 +180,12 @@ def roll_out(key: tuple, paths: tuple[Path, ...], weights: tuple, seed: int, epi
 
 def read_rows(path: Path, header: str) -> dict[tuple, float]:
     """(*key, episode): score, of the whole lines in points.csv; a line that was cut off is cut away."""
-    text = path.read_text() if path.exists() else header
-    path.write_text(text := text[: text.rfind("\n") + 1])
+    text = path.read_text() if path.exists() else ""
+    text = text[: text.rfind("\n") + 1]
+    if text:
+        os.truncate(path, len(text.encode()))
+    else:
+        path.write_text(header)
     rows = (row[:-3] + row[-1:] for row in csv.reader(text.splitlines()[1:]))
     return {(*key, int(episode)): float(score) for *key, episode, score in rows}
 
@@ -196,7 +201,9 @@ def scores_of(args: Shared, axes: tuple[str, ...], about: dict, points: dict[tup
     text = json.dumps(about | dict(axes=axes, seed=args.seed))
     if (args.out / "about.json").exists() and (args.out / "about.json").read_text() != text:
         raise BadInput(f"{args.out} holds another landscape: name another folder with --out.")
-    (args.out / "about.json").write_text(text)
+    if not (args.out / "about.json").exists():
+        (args.out / "about.tmp").write_text(text)
+        os.replace(args.out / "about.tmp", args.out / "about.json")
     done = read_rows(args.out / "points.csv", ",".join([*axes, "episode", "return", "length", "score\n"]))
     parts = [range(i, min(i + TOGETHER, args.episodes)) for i in range(0, args.episodes, TOGETHER)]
     todo = [(k, p) for k in points for p in parts if any((*k, i) not in done for i in p)]
@@ -275,8 +282,8 @@ def line(args: Line) -> None:
     paths = [choose(args.a, "offline.pt"), choose(args.b or args.a, "last.pt")]
     if args.b is None and not args.a.is_dir():
         raise BadInput(f"{args.a} is one checkpoint: name a second one, or a run folder.")
-    if args.points < 2:
-        raise BadInput("--points: a line has two at least.")
+    if args.points < 2 or args.beyond < 0:
+        raise BadInput("--points: a line has two at least; --beyond: 0 or more.")
     args.out = args.out or default_folder("line", paths)
     a, b = read_points(paths)
     more = round(args.beyond * (args.points - 1))
@@ -413,15 +420,17 @@ def path(args: Trajectory) -> None:
 
 def default_folder(kind: str, paths: list[Path]) -> Path:
     names = [f"{p.resolve().parent.name}-{p.stem}" if p.suffix == ".pt" else p.resolve().name for p in paths]
-    return Path("landscapes") / "__".join([kind, *names])
+    name = "__".join([kind, *names])
+    short = name if len(name) <= 200 else f"{name[:190]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
+    return Path("landscapes") / short
 
 
 def main() -> None:
     kinds = {Line: line, Plane: plane, Trajectory: path}
     names = [Annotated[kind, tyro.conf.subcommand(run.__name__)] for kind, run in kinds.items()]
     args = tyro.cli(Union[*names], description=__doc__)
-    if args.episodes < 1 or args.jobs < 0:
-        raise BadInput("--episodes must be at least 1, and --jobs at least 0.")
+    if args.episodes < 2 or args.jobs < 0:
+        raise BadInput("--episodes must be at least 2, for an interval, and --jobs at least 0.")
     plt.switch_backend("Agg")
     torch.set_num_threads(1)
     kinds[type(args)](args)

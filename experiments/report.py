@@ -44,8 +44,8 @@ NOT_SETTINGS = set(
 NOT_SETTINGS |= set("checkpoint_every keep_every log_every algorithm command git_commit torch".split())
 MEASURES = ("transfer", "early", "last", "best", "final", "regret")
 DEFINITIONS = """Mean over seeds [95 % bootstrap interval of it]. Scores are means over an evaluation's episodes.
-*At transfer*: before the first online step. *Early drop*: the worst evaluation of the first fifth of the online steps
-after the warm start, minus that at transfer. *Last*, *best*: of the online evaluations. *Final*: on new episodes.
+*At transfer*: before the first online step. *Early change*: the lowest evaluation after that, up to a fifth of the
+online steps after the warm start, minus that at transfer. *Last*, *best*: of the online ones. *Final*: new episodes.
 *Regret*: the sum over the online evaluations of R* - R_t, R* being the best evaluation of any run in the environment.
 *Normalised*: regret between the best (0) and the worst (1) row of the environment."""
 
@@ -75,8 +75,13 @@ class Run:
         return self.parent.config["algorithm"] if self.parent else name[1] if name else "unknown"
 
     @property
+    def online(self) -> str:
+        """The algorithm of the online phase; the baselines' scripts have one, their own."""
+        return self.config.get("online_algorithm", self.config["algorithm"]) if self.config["online_steps"] else "none"
+
+    @property
     def key(self) -> tuple[str, str, str, str]:
-        return self.config["task"], self.offline, self.config["online_algorithm"], self.variant
+        return self.config["task"], self.offline, self.online, self.variant
 
     def curve(self, phase: str) -> dict[int, float]:
         return (self.parent if self.parent and phase == "offline" else self).scores.get(phase, {})
@@ -97,12 +102,16 @@ def short(value):
 
 
 def read_run(path: Path) -> Run | None:
-    """The run in a folder; None while its last evaluation is not written."""
-    config = {k: short(v) for k, v in json.loads((path / "config.json").read_text()).items()}
+    """The run in a folder; None while its last evaluation is not written, or where a file was cut off."""
     scores: dict[str, dict[int, list[float]]] = {}
-    with open(path / "evaluations.csv") as f:
-        for row in csv.DictReader(f):
-            scores.setdefault(row["phase"], {}).setdefault(int(row["step"]), []).append(float(row["score"]))
+    try:
+        config = {k: short(v) for k, v in json.loads((path / "config.json").read_text()).items()}
+        with open(path / "evaluations.csv") as f:
+            for row in csv.DictReader(f):
+                scores.setdefault(row["phase"], {}).setdefault(int(row["step"]), []).append(float(row["score"]))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        print(f"{path} cannot be read ({type(e).__name__}: {e})", file=sys.stderr)
+        return None
     means = {phase: {t: float(np.mean(x)) for t, x in curve.items()} for phase, curve in scores.items()}
     return Run(path, config, means) if "final" in means else None
 
@@ -115,10 +124,7 @@ def find(folder: Path) -> list[Path]:
 def read_runs(dirs: tuple[Path, ...]) -> list[Run]:
     """All finished runs, each with the one that it started from, in an order that does not depend on the machine."""
     paths = list(dict.fromkeys(path for folder in dirs for path in find(folder)))
-    try:
-        runs = [run for path in paths if (run := read_run(path))]
-    except (OSError, ValueError, KeyError) as e:
-        refuse(f"a run folder cannot be read ({type(e).__name__}: {e}).")
+    runs = [run for path in paths if (run := read_run(path))]
     if len(runs) < len(paths):
         print(f"{len(paths) - len(runs)} unfinished of {len(paths)} runs left out", file=sys.stderr)
     for run in (run for run in runs if run.config.get("init_from")):
@@ -156,6 +162,21 @@ def name_variants(runs: list[Run], by: tuple[str, ...]) -> None:
             run.variant = ", ".join(named) or ("default" if flags else "")
 
 
+def doubts(runs: list[Run]) -> list[str]:
+    """Where runs that count as seeds of one another differ in more than the seed, or are the same seed twice."""
+    out = []
+    for key in dict.fromkeys(run.key for run in runs):
+        group = [run for run in runs if run.key == key]
+        flags = {flag for run in group for flag in run.config} - NOT_SETTINGS | {"git_commit"}
+        differ = [flag for flag in sorted(flags) if len({setting(run, flag) for run in group}) > 1]
+        seeds = Counter(run.config["seed"] for run in group)
+        twice = [f"seed {seed} {n} times" for seed, n in seeds.items() if n > 1]
+        if differ or twice:
+            where = ", ".join(filter(None, (key[0], f"{key[1]} to {key[2]}", key[3])))
+            out.append(f"**{where}: not only seeds differ, but {', '.join([*differ, *twice])}; see --by.**")
+    return out
+
+
 # ---- numbers
 def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over the first axis (seeds) and its 95 % interval, NaN for a single one. The draws are always the same."""
@@ -171,8 +192,9 @@ def measure(run: Run, best: float) -> dict[str, float]:
     if not online:  # a pretraining: it transfers what its last evaluation saw
         return dict(transfer=list(run.curve("offline").values())[-1], final=final) if run.curve("offline") else {}
     warm, steps, scores = run.config["warmup_steps"], run.config["online_steps"], list(online.values())
-    early = min(score for t, score in online.items() if t <= warm + 0.2 * (steps - warm))
-    row = dict(transfer=scores[0], early=early - scores[0], last=scores[-1], best=max(scores), final=final)
+    row = dict(transfer=scores[0], last=scores[-1], best=max(scores), final=final)
+    if early := [score for t, score in online.items() if 0 < t <= warm + 0.2 * (steps - warm)]:
+        row["early"] = min(early) - scores[0]
     return row | dict(regret=sum(best - score for score in scores))
 
 
@@ -373,9 +395,10 @@ def write_report(runs: list[Run], out: Path, by: tuple[str, ...]) -> None:
     parents = {run.parent for run in runs}
     runs = sorted((r for r in runs if r not in parents or r.curve("online")), key=lambda r: (r.key, r.config["seed"]))
     each, groups = summarize(runs)
-    text = [f"# {len(runs)} runs", DEFINITIONS]
+    text = [f"# {len(runs)} runs", DEFINITIONS, *(warnings := doubts(runs))]
+    print("\n".join(warnings).replace("**", ""), end="\n" * bool(warnings), file=sys.stderr)
     names = ["offline", "online", *(["variant"] if any(run.variant for run in runs) else [])]
-    head = [*names, "seeds", "at transfer", "early drop", "last", "best", "final", "regret", "normalised"]
+    head = [*names, "seeds", "at transfer", "early change", "last", "best", "final", "regret", "normalised"]
     for task in dict.fromkeys(run.key[0] for run in runs):
         here, rows = [run for run in runs if run.key[0] == task], [g for g in groups if g["task"] == task]
         curves_figure(here, out / f"curve_{task}.png")
@@ -392,9 +415,11 @@ def write_report(runs: list[Run], out: Path, by: tuple[str, ...]) -> None:
             text.append(f"![identity check](identity_{task}.png)")
     pairs = transfer_table(groups)
     if len({pair["offline"] for pair in pairs}) > 1 and not any(run.variant for run in runs):
-        values = {(p["offline"], p["online"]): f"{p['normalised_regret']:.3f} ({p['paper'] or '–'})" for p in pairs}
         head, first = (sorted({p[k] for p in pairs}) for k in ("online", "offline"))
-        n = max(p["environments"] for p in pairs)
+        n, values = max(p["environments"] for p in pairs), {}
+        for p in pairs:
+            fewer = f", {p['environments']} only" if p["environments"] < n else ""
+            values[p["offline"], p["online"]] = f"{p['normalised_regret']:.3f} ({p['paper'] or '–'}{fewer})"
         text += [
             f"## Normalised regret, mean over {n} environment{'s' * (n > 1)} (in brackets the paper's, over its six)"
         ]
@@ -411,6 +436,8 @@ def write_report(runs: list[Run], out: Path, by: tuple[str, ...]) -> None:
 
 def collect(dirs: tuple[Path, ...], target: Path) -> None:
     """The files that a report needs, of finished runs, with the machine's part of absolute paths left out."""
+    if any(target.resolve().is_relative_to(folder.resolve()) for folder in dirs):
+        refuse(f"--collect {target} lies in a folder that it is collected from: its runs would count twice.")
     copied = 0
     for folder in dirs:
         for path in (p for p in find(folder) if read_run(p)):

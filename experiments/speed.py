@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ import td3_bc
 from muon import KELLER, POLYNOMIAL, orthogonalize
 
 ROOT = Path(__file__).resolve().parents[1]
+Row = Literal["SAC", "TD3", "TD3+BC", "IQL", "Cal-QL", "SMAC"]
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Args:
     quick: bool = False  # 5 rounds of 0.3 seconds a contender; without: 11 of a second
     compile: bool = False  # also measure the compiled updates (needs a C++ compiler)
     sweep: bool = False  # also seconds per update against the sizes of dataset and ensemble, and a figure
-    only: tuple[str, ...] = ("SAC", "TD3", "TD3+BC", "IQL", "Cal-QL", "SMAC")  # rows
+    only: tuple[Row, ...] = get_args(Row)  # which rows
     device: str = "cpu"
     threads: int = 1  # CPU threads
     clock: Literal["wall", "cpu"] = "wall"  # cpu: this thread's time, where other processes share the cores

@@ -95,6 +95,8 @@ def read_groups(args: Args) -> tuple[Path, dict[str, dict]]:
     for group in (k for k in content if k not in shared):
         own = {k.replace("_", "-"): v for k, v in content[group].items()}
         groups[group] = {k.replace("_", "-"): v for k, v in shared.items()} | own | given
+        if isinstance(own.get("init-from"), list):
+            refuse(f"[{group}] init-from takes one value: make a group for each.")
         if str(own.get("init-from", "")).startswith("{"):
             if twice := [k for k in INHERITED if k in own]:
                 refuse(f"[{group}] takes {', '.join(twice)} from the runs it starts from: leave it out there.")
@@ -154,8 +156,9 @@ def expand(runs_dir: Path, groups: dict[str, dict]) -> list[Job]:
 
 # ---- a job and its folder
 def finished(job: Job) -> Path | None:
-    """The run folder whose last evaluation, `final`, is written."""
-    return next((p.parent for p in sorted(job.folder.glob("*/evaluations.csv")) if ",final," in p.read_text()), None)
+    """The run folder whose last evaluation, `final`, is written to its last line's end."""
+    found = ((p, p.read_text()) for p in sorted(job.folder.glob("*/evaluations.csv")))
+    return next((p.parent for p, text in found if ",final," in text and text.endswith("\n")), None)
 
 
 def final_score(job: Job) -> str:
@@ -342,6 +345,8 @@ def sweep(jobs: list[Job], machine: Local | Ray, path: Path) -> list[dict]:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    if args.jobs < 0:
+        refuse("--jobs: 1 or more, or 0 for one a core.")
     runs_dir, groups = read_groups(args)
     jobs = expand(runs_dir, groups)
     if args.dry_run:
