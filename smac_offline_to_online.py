@@ -12,8 +12,9 @@
 
 Three phases, in the order of this file: (1) a diffusion model of the dataset's actions, conditioned on the return w of
 their trajectory, whose noise estimate at w = 1 gives a score; (2) an actor-critic whose action gradient follows that
-score, grad_a Q(s, a) = alpha grad_a log p(a | s, w=1); (3) plain SAC, TD3, TD3+BC or AWR from there, without the score.
-Deviations from the paper, with the measurements behind them, are in docs/smac.md; the largest is alpha (--alpha-mode).
+score in units of its noise, grad_a Q(s, a) = alpha sigma_1 grad_a log p_1(a | s, w=1); (3) plain SAC, TD3, TD3+BC or
+AWR from there, without the score. Deviations from the paper, with the measurements behind them, are in docs/smac.md;
+the largest is alpha (--alpha-mode).
 """
 
 import argparse
@@ -144,7 +145,7 @@ ROWS = {
     | dict(online_steps=1_000_000, warmup_steps=5_000, online_batch_size=256, eval_every=5_000, eval_episodes=10),
 }
 NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "optimizer", "muon_scale")
-NETWORK_FLAGS += ("score_hidden", "score_blocks", "score_condition_hidden")
+NETWORK_FLAGS += ("score_hidden", "score_blocks", "score_condition_hidden", "gamma")
 
 
 # ==== shared: from the command line to flags
@@ -154,16 +155,23 @@ def parse_flags() -> SimpleNamespace:
     for name, kind in dict(task=str, offline_steps=int, init_from=Path, resume=Path).items():
         first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", type=kind)
     given, _ = first.parse_known_args()
-    name = given.task or RunFlags.task
+    source = given.init_from if given.resume is None else given.resume / "last.pt"
+    start = {} if source is None else read_checkpoint(source)["args"]
+    name = given.task or start.get("task", RunFlags.task)
+    if given.resume is not None and (name != start["task"] or given.init_from is not None):
+        raise BadInput("--resume goes on with the run's own task and checkpoint: leave out --task and --init-from.")
     if given.resume is not None:
-        row = read_checkpoint(given.resume / "last.pt")["args"] | {"resume": given.resume}
+        row = start | {"resume": given.resume}
     elif name not in TASKS:
         near = ", ".join(difflib.get_close_matches(name, TASKS, 3, 0.3)) or "none"
         raise BadInput(f"--task {name}: no such task. Near: {near}. All: {', '.join(TASKS)}.")
     else:
         row = ROWS.get(TASKS[name].domain, {}) | ROWS.get(name, {}) | {"task": name}
-        if given.init_from is not None:  # a checkpoint brings the shape of its networks
-            row |= {k: v for k, v in read_checkpoint(given.init_from)["args"].items() if k in NETWORK_FLAGS}
+        if given.init_from is not None:  # it brings what its networks need, and from the same script all of pretraining
+            same = Path(__file__).stem.startswith(start["algorithm"])
+            own = [f.name for k, group in GROUPS.items() if k not in ("run", "online") for f in fields(group)]
+            dataset = ["dataset"] if name == start["task"] else []
+            row |= {k: start[k] for k in (*NETWORK_FLAGS, *dataset, *(own if same else ())) if k in start}
         elif given.offline_steps == 0:
             row |= ROWS.get("from-scratch", {})
     groups = [group() for group in GROUPS.values()]
@@ -178,11 +186,21 @@ def parse_flags() -> SimpleNamespace:
         whole = v if isinstance(v, tuple) else (v,) if type(v) is int else ()
         if v == () or any(x < least.get(k, 1) for x in whole):
             raise BadInput(f"--{k.replace('_', '-')} {v}: at least {least.get(k, 1)} is needed.")
-    if args.online_batch_size % getattr(args, "utd", 1) or not 0 <= args.offline_fraction <= 1:
-        raise BadInput("--online-batch-size must be a multiple of --utd, and --offline-fraction lie between 0 and 1.")
+        most = 1 if k in ("gamma", "tau", "policy_average", "offline_fraction", "expectile") else math.inf
+        share = most == 1 or k.endswith("_lr")
+        if type(v) is float and not (math.isfinite(v) and (not share or 0 <= v <= most)):
+            needed = f"between 0 and {most}" if share else "finite"
+            raise BadInput(f"--{k.replace('_', '-')} {v}: a number {needed} is needed.")
+    if changed := [k for k in NETWORK_FLAGS if k != "muon_scale" and k in start and start[k] != getattr(args, k)]:
+        k = changed[0]
+        raise BadInput(f"--{k.replace('_', '-')}: {source} was trained with {start[k]}, and cannot go on with another.")
+    if args.online_batch_size % getattr(args, "utd", 1):
+        raise BadInput("--online-batch-size must be a multiple of --utd.")
     for flag, path in dict(runs_dir=args.runs_dir, save_replay=args.save_replay and args.save_replay.parent).items():
         if path and any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
             raise BadInput(f"--{flag.replace('_', '-')}: {path} is no folder and cannot become one.")
+    if args.save_replay is not None and args.save_replay.is_dir():
+        raise BadInput(f"--save-replay {args.save_replay} is a folder: name a file in it.")
     for flag, package in dict(track="wandb", capture_video="moviepy").items():
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise BadInput(f"--{flag.replace('_', '-')} needs {package}: pip install {package}.")
@@ -474,7 +492,7 @@ class TaskEnv(gym.Wrapper):
         self.task, self.seed, self.actions = task, 0, []
 
     def reset(self, *, seed: int, options=None):
-        self.seed, self.actions = seed, []
+        self.seed, self.actions, self.total = seed, [], 0.0
         obs, info = self.env.reset(seed=seed, options=options)
         self.obs = observation(self.task, obs).astype(np.float32)
         return self.obs, info
@@ -488,6 +506,7 @@ class TaskEnv(gym.Wrapper):
         if self.task.domain == "kitchen":
             reward = len(info["episode_task_completions"])
             terminated = reward >= 4
+        self.total += float(reward)
         return self.obs, float(reward), bool(terminated), bool(truncated), info
 
     def state_dict(self) -> dict:
@@ -506,15 +525,18 @@ def episode_seed(seed: int, stream: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
 
 
-def collect(env: TaskEnv, action: np.ndarray, replay: Replay, seed: int, *extra) -> bool:
-    """One environment step into the replay; after an episode's end, which it returns, the next one begins."""
+def collect(env: TaskEnv, action: np.ndarray, replay: Replay, seed: int, *extra) -> tuple[float, int] | None:
+    """One environment step into the replay. At an episode's end the next one begins, and the one that ended is
+    returned: its raw return and length."""
     obs, task = env.obs, env.task
     next_obs, reward, terminated, truncated, _ = env.step(action)
     # easy to overlook: a time-out is no terminal, and s' is this episode's last state, not the next one's first
     replay.add(obs, action, task.scale * reward + task.bias, next_obs, terminated, truncated and not terminated, *extra)
-    if terminated or truncated:
-        env.reset(seed=episode_seed(seed, TRAINING, replay.added))
-    return terminated or truncated
+    if not (terminated or truncated):
+        return None
+    episode = env.total, len(env.actions)
+    env.reset(seed=episode_seed(seed, TRAINING, replay.added))
+    return episode
 
 
 # ==== shared: evaluation
@@ -556,9 +578,9 @@ def git_commit() -> str:
 
 
 class Run:
-    """A run's folder: config.json, the script, metrics.csv, evaluations.csv, TensorBoard, checkpoints. `steps` walks a
-    phase and goes on inside it after a resume. A checkpoint holds the state_dicts of `networks`; last.pt also those of
-    everything in `state`."""
+    """A run's folder: config.json, the script, metrics.csv, evaluations.csv, episodes.csv, TensorBoard, checkpoints.
+    `steps` walks a phase and goes on inside it after a resume. A checkpoint holds `networks`' state_dicts; last.pt
+    those of everything in `state` as well."""
 
     def __init__(self, args: SimpleNamespace, algorithm: str, inputs: SimpleNamespace, networks: dict, state: dict):
         from torch.utils.tensorboard import SummaryWriter
@@ -569,17 +591,23 @@ class Run:
         self.config["algorithm"] = algorithm
         self.position, self.evaluations, self.seconds = {}, [], {}  # steps done a phase; (phase, step, score); clocks
         self.signal, self.ended = None, False  # asked to stop by a signal; asked to leave the phase
+        about = dict(command=sys.argv, git_commit=git_commit(), torch=torch.__version__)
         if args.resume is not None:
             self.path = args.resume
             self.resume()
+            with contextlib.suppress(OSError, ValueError):  # how it began, and how it went on
+                before = json.loads((self.path / "config.json").read_text())
+                before["resumed"] = [*before.get("resumed", []), about]
+                (self.path / "config.tmp").write_text(json.dumps(before | self.config, indent=1))
+                os.replace(self.path / "config.tmp", self.path / "config.json")
         else:
             name = args.runs_dir / f"{args.task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
             self.path = next(p for i in range(10**6) if not (p := name.with_name(f"{name.name}{i or ''}")).exists())
             self.path.mkdir(parents=True)
-            about = dict(command=sys.argv, git_commit=git_commit(), torch=torch.__version__)
             (self.path / "config.json").write_text(json.dumps(self.config | about, indent=1))
             (self.path / "metrics.csv").write_text("step,phase,name,value\n")
             (self.path / "evaluations.csv").write_text("step,phase,episode,return,length,score\n")
+            (self.path / "episodes.csv").write_text("step,return,length\n")
             shutil.copy(__file__, self.path)
         if args.track:
             import wandb
@@ -595,6 +623,10 @@ class Run:
         saved = read_checkpoint(self.path / "last.pt")
         if saved["args"]["algorithm"] != self.config["algorithm"]:
             raise BadInput(f"{self.path} is a run of {saved['args']['algorithm']}: resume it with its own script.")
+        for phase, done in saved["position"].items():
+            steps, over = self.config[f"{phase}_steps"], phase != list(saved["position"])[-1]
+            if steps < done or over and steps > done:
+                raise BadInput(f"--{phase}-steps {steps}: the run has done {done}{' and left that phase' * over}.")
         try:
             for name, thing in self.state.items():
                 thing.load_state_dict(saved[name])
@@ -677,7 +709,7 @@ class Run:
         self.check_finite({k: all(p.isfinite().all() for p in m.parameters()) for k, m in modules.items()})
         state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
         state |= dict(position=self.position, evaluations=self.evaluations)
-        tables = [p for p in (self.path / "metrics.csv", self.path / "evaluations.csv") if p.exists()]
+        tables = [p for k in ("metrics", "evaluations", "episodes") if (p := self.path / f"{k}.csv").exists()]
         state["sizes"] = {p.name: p.stat().st_size for p in tables}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
@@ -685,6 +717,13 @@ class Run:
         with self.writing(name) as path:
             path.with_suffix(".tmp").write_bytes(whole.getbuffer())
             os.replace(path.with_suffix(".tmp"), path)
+
+    def episode(self, total: float, length: int) -> None:
+        """One that was collected: exploration, not evaluation."""
+        with self.writing("episodes.csv") as path, open(path, "a") as f:
+            f.write(f"{self.step + 1},{total:.9g},{length}\n")
+        with contextlib.suppress(OSError):
+            self.tensorboard.add_scalar(f"{self.phase}/collected_return", total, self.total)
 
     def evaluate(self, phase: str, step: int, policy: nn.Module, envs: list | None = None, stream=EVALUATION) -> float:
         """The mean score over one episode an environment. Every episode goes to evaluations.csv; the best online policy
@@ -765,6 +804,12 @@ def set_up(args: SimpleNamespace, extra: int = 0) -> SimpleNamespace:
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
         print("--compile needs a C++ compiler (g++, or $CXX) and finds none: going on without.", file=sys.stderr)
         args.compile = False
+    if args.capture_video:
+        try:
+            camera = TaskEnv(task, render_mode="rgb_array")
+            camera.reset(seed=0), camera.render(), camera.close()
+        except Exception as e:  # whatever the machine's graphics raise
+            raise BadInput(f"--capture-video: nothing can be drawn here ({e}); try MUJOCO_GL=egl or osmesa.") from e
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
     env, *eval_envs = (TaskEnv(task) for _ in range(1 + args.eval_episodes))
@@ -950,6 +995,7 @@ def set_learning_rates(optimizers: dict[str, Muon], args: SimpleNamespace) -> No
     rates = dict(critic=args.critic_lr, policy=args.policy_lr, temperature=args.temperature_lr, alpha_net=1e-4)
     for name, group in ((k, group) for k, v in optimizers.items() for group in v.param_groups):
         group["lr"].fill_(rates[name])  # alpha_net's: Table 7
+        group["scale"] = args.muon_scale
 
 
 # ==== losses
@@ -1203,7 +1249,8 @@ def main() -> None:
         with run.clock("update"):
             metrics = updates.offline(dataset.sample(args.offline_batch_size))
         if run.due(args.log_every):
-            run.log(metrics | updates.identity(dataset.sample(256)), "q", "cosine_data", "entropy")
+            cosines = updates.identity(dataset.sample(256)) if average.fitted else {}
+            run.log(metrics | cosines, "q", *list(cosines)[:1], "entropy")
         if run.due(args.eval_every):
             run.evaluate("offline", step + 1, agent.policy_average)
         if step + 1 == args.offline_steps:
@@ -1222,7 +1269,9 @@ def main() -> None:
                 action = 2 * torch.rand(act_dim) - 1
             else:
                 action = updates.act(torch.as_tensor(env.obs, device=device)[None], learning)[0]
-            collect(env, action.cpu().numpy(), replay, args.seed)
+            episode = collect(env, action.cpu().numpy(), replay, args.seed)
+        if episode is not None:
+            run.episode(*episode)
         if learning:
             with run.clock("update"):
                 rows = replay.sample(args.online_batch_size - from_dataset)

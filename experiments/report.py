@@ -41,7 +41,7 @@ PAPER = {
 NOT_SETTINGS = set(
     "seed resume runs_dir device torch_threads compile init_from save_replay track capture_video".split()
 )
-NOT_SETTINGS |= set("checkpoint_every keep_every log_every algorithm command git_commit torch".split())
+NOT_SETTINGS |= set("checkpoint_every keep_every log_every algorithm command git_commit torch resumed".split())
 MEASURES = ("transfer", "early", "last", "best", "final", "regret")
 DEFINITIONS = """Mean over seeds [95 % bootstrap interval of it]. Scores are means over an evaluation's episodes.
 *At transfer*: before the first online step. *Early change*: the lowest evaluation after that, up to a fifth of the

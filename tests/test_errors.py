@@ -1,6 +1,7 @@
 """Wrong input is answered in one line, before anything is made; what goes wrong later says what is left."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,12 @@ def test_a_minari_dataset_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
         ["--critic-hidden", 16, 0],
         ["--score-steps", 0],
         ["--save-replay", f"{__file__}/replay.hdf5"],
+        ["--save-replay", Path(__file__).parent],
+        ["--critic-lr", -1],
+        ["--score-lr", "nan"],
+        ["--gamma", 1.5],
+        ["--tau", -0.1],
+        ["--kappa", "inf"],
     ],
 )
 def test_impossible_numbers_are_refused(tmp_path, flags):
@@ -160,7 +167,10 @@ def test_a_checkpoint_of_another_tasks_networks_is_refused(tmp_path, reference):
     assert "offline.pt" in refused(tmp_path / "runs", *flags)
 
 
-@pytest.mark.parametrize("flags", [["--critic-hidden", 8, 8], ["--num-critics", 2], ["--optimizer", "adam"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--critic-hidden", 8, 8], ["--num-critics", 2], ["--optimizer", "adam"], ["--critic-activation", "relu"]],
+)
 def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path, dataset, reference, flags):
     start = ["--dataset", dataset, "--init-from", reference / "offline.pt"]
     assert "offline.pt" in refused(tmp_path / "runs", *start, *flags)
@@ -190,6 +200,28 @@ def test_a_run_of_another_script_is_not_resumed(tmp_path, reference):
 
 def test_a_run_is_not_resumed_with_other_networks(tmp_path, reference):
     assert "last.pt" in not_resumed(shutil.copytree(reference, tmp_path / "run"), "--critic-hidden", 8, 8)
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["--offline-steps", 60], "left that phase"),  # it would train offline on what the online phase has made
+        (["--online-steps", 60], "has done 80"),
+        (["--task", "hopper-medium-v2"], "leave out --task"),
+        (["--init-from", "offline.pt"], "leave out --task and --init-from"),
+    ],
+)
+def test_a_run_is_not_resumed_on_another_way(tmp_path, reference, flags, part):
+    folder = shutil.copytree(reference, tmp_path / "run")
+    with pytest.raises(smac.BadInput, match=part):
+        run_here("--resume", folder, *flags)
+    assert load(folder / "offline.pt")["position"] == dict(score=50, offline=50)
+
+
+def test_a_video_that_cannot_be_drawn_is_refused_before_the_run(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(smac.importlib.util, "find_spec", lambda package: True)
+    monkeypatch.setattr(smac.TaskEnv, "render", lambda self: 1 / 0)
+    assert "--capture-video" in refused(tmp_path / "runs", "--dataset", dataset, "--capture-video")
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_resumed(tmp_path, reference):

@@ -37,12 +37,13 @@ def outcome(folder) -> dict:
     for key in ("args", "seconds", "sizes"):
         state.pop(key, None)
     metrics = [tuple(row.values()) for row in rows_of(folder / "metrics.csv") if "seconds" not in row["name"]]
-    return dict(state=state, metrics=metrics, evaluations=rows_of(folder / "evaluations.csv"))
+    tables = {name: rows_of(folder / f"{name}.csv") for name in ("evaluations", "episodes")}
+    return dict(state=state, metrics=metrics, **tables)
 
 
 def assert_same_outcome(folder, reference):
     ours, theirs = outcome(folder), outcome(reference)
-    assert ours["evaluations"] == theirs["evaluations"]
+    assert ours["evaluations"] == theirs["evaluations"] and ours["episodes"] == theirs["episodes"]
     assert ours["metrics"] == theirs["metrics"]
     assert [k for k, v in theirs["state"].items() if not same(ours["state"].get(k), v)] == []
     assert ours["state"].keys() == theirs["state"].keys()
@@ -57,7 +58,7 @@ def test_the_comparison_holds_whole_runs(reference):
     found = outcome(reference)
     assert {"agent", "score_model", "critic", "policy", "model", "replay", "env", "rng"} <= found["state"].keys()
     assert found["state"]["position"] == dict(score=50, offline=50, online=80)
-    assert {phase for _, phase, _, _ in found["metrics"]} == {"score", "offline", "online"}
+    assert {phase for _, phase, _, _ in found["metrics"]} == {"score", "offline", "online"} and found["episodes"]
     assert [(r["step"], r["phase"]) for r in found["evaluations"][::2]] == [
         *[(str(step), "offline") for step in (0, 25, 50)],
         *[(str(step), "online") for step in (0, 25, 50, 75)],

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 
 import h5py
 import pytest
@@ -105,6 +106,48 @@ def test_a_checkpoint_brings_the_shape_of_its_networks(reference, dataset, tmp_p
     start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
     folder = run_here(*flags, *start)
     assert evaluations(folder, "online", 0) == evaluations(reference, "offline", 50)
+
+
+def test_the_online_phase_begins_with_the_policy_that_was_evaluated(dataset, tmp_path):
+    flags = ["--online-steps", 10, "--warmup-steps", 10, "--policy-average", 0.05, "--dataset", dataset]
+    folder = run_here(*TINY, *flags, "--runs-dir", tmp_path)
+
+    def parts(name, network):
+        agent = load(folder / name)["agent"]
+        return [v for k, v in sorted(agent.items()) if k.startswith(f"{network}.")]
+
+    average = parts("offline.pt", "policy_average")
+    assert not same(parts("offline.pt", "policy"), average)
+    for network in ("policy", "policy_average", "policy_target"):  # no update has followed
+        assert same(parts("last.pt", network), average)
+
+
+def test_a_checkpoint_brings_its_task_its_dataset_and_what_its_critics_were_trained_for(reference, tmp_path):
+    state = load(reference / "offline.pt")
+    changed = dict(task="hopper-medium-v2", dataset="a.hdf5", gamma=0.9, tau=0.5, online_steps=7)
+    for algorithm, tau in (("smac", 0.5), ("iql", smac.OfflineFlags.tau)):
+        torch.save(state | dict(args=state["args"] | changed | dict(algorithm=algorithm)), tmp_path / "offline.pt")
+        args = parse("--init-from", tmp_path / "offline.pt")
+        assert (args.task, args.dataset, args.gamma, args.tau) == ("hopper-medium-v2", "a.hdf5", 0.9, tau)
+        assert args.online_steps == smac.OnlineFlags.online_steps
+        assert parse("--init-from", tmp_path / "offline.pt", "--task", "hopper-embedded").dataset is None
+
+
+def test_every_collected_episode_is_kept(reference):
+    rows, episodes = load(reference / "last.pt")["replay"]["rows"], rows_of(reference / "episodes.csv")
+    ends = [i + 1 for i, row in enumerate(rows[:, -2:]) if row.any()]
+    assert ends and [int(e["step"]) for e in episodes] == ends
+    for begin, end, episode in zip([0, *ends], ends, episodes):
+        assert float(episode["return"]) == pytest.approx(rows[begin:end, 14].sum().item(), rel=1e-4)
+        assert int(episode["length"]) == end - begin
+
+
+def test_a_resumed_runs_configuration_says_so(reference, tmp_path):
+    folder = shutil.copytree(reference, tmp_path / "run")
+    run_here("--resume", folder, "--online-steps", 85, "--critic-lr", 1e-4, "--save-replay", tmp_path / "replay.hdf5")
+    before, after = (json.loads((path / "config.json").read_text()) for path in (reference, folder))
+    assert (after["online_steps"], after["critic_lr"]) == (85, 1e-4) and after["command"] == before["command"]
+    assert "--resume" in after["resumed"][0]["command"]
 
 
 def test_networks_of_another_script_go_online_too(reference, dataset, tmp_path):
