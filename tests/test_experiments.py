@@ -295,7 +295,7 @@ def numbers(tmp_path_factory):
 def test_the_numbers_of_a_report_by_hand(numbers, tmp_path):
     rows = make_report(tmp_path, numbers)
     smac_, iql = (rows["hopper-embedded", name, "sac", ""] for name in ("smac", "iql"))
-    assert [float(smac_[k]) for k in ("transfer", "early", "last", "best", "final")] == [55, 0, 75, 85, 50]
+    assert [float(smac_[k]) for k in ("transfer", "early", "last", "best", "final")] == [55, 20, 75, 85, 50]
     assert [float(iql[k]) for k in ("transfer", "early", "last", "best")] == [55, -20, 70, 70]
     assert (float(smac_["transfer_low"]), float(smac_["transfer_high"])) == (50, 60) and smac_["transfers"] == "60 / 50"
     regret = {key: float(row["regret"]) for key, row in rows.items() if key[0] == "hopper-embedded"}
@@ -312,6 +312,54 @@ def test_the_numbers_of_a_report_by_hand(numbers, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| smac | 0.500 (0.031) | – |" in text and "curve_walker2d-medium-v2.png" in text
     assert (tmp_path / "identity_hopper-embedded.png").exists()
+
+
+def test_a_baselines_own_runs_are_read_and_a_pretraining_is_no_online_run(tmp_path):
+    """td3_bc, iql and cal_ql have no flag for the online algorithm; sweeps pretrain with --online-steps 0."""
+    for seed, steps in ((0, 60), (1, 0)):
+        curves = dict(offline={0: 2, 10: 62}) | (dict(online={0: 60, 20: 30, 60: 80}) if steps else {})
+        folder = write_run(tmp_path / "runs", "iql", "sac", seed, curves, online_steps=steps)
+        config = json.loads((folder / "config.json").read_text())
+        del config["online_algorithm"]
+        (folder / "config.json").write_text(json.dumps(config))
+        write_run(tmp_path / "runs", "smac", "sac", seed, curves, online_steps=steps)
+    rows = make_report(tmp_path / "out", tmp_path / "runs")
+    assert {key[1:3]: row["seeds"] for key, row in rows.items()} == {
+        ("iql", "iql"): "1",
+        ("iql", "none"): "1",
+        ("smac", "sac"): "1",
+        ("smac", "none"): "1",
+    }
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_named(tmp_path, capsys):
+    curves = dict(online={0: 60, 60: 80})
+    write_run(tmp_path / "a", "smac", "sac", 0, curves, git_commit="one")
+    write_run(tmp_path / "b", "smac", "sac", 0, curves, git_commit="two", kappa=0.5)
+    write_run(tmp_path / "c", "iql", "sac", 0, curves)
+    write_run(tmp_path / "d", "iql", "sac", 1, curves)
+    make_report(tmp_path / "out", *(tmp_path / k for k in "abcd"))
+    (line,) = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "not only" in line]
+    assert "smac to sac" in line and "git_commit, kappa, seed 0 2 times" in line
+    assert "not only seeds differ" in capsys.readouterr().err
+
+
+def test_a_cut_off_file_costs_its_own_run_alone(tmp_path, capsys):
+    curves = dict(online={0: 60, 60: 80})
+    write_run(tmp_path, "smac", "sac", 0, curves)
+    for seed, name, text in ((1, "evaluations.csv", "99,final,2,0,"), (2, "config.json", "")):
+        torn = write_run(tmp_path, "smac", "sac", seed, curves) / name
+        torn.write_text(torn.read_text() + text if text else '{"task": "hop')
+    rows = make_report(tmp_path / "out", tmp_path)
+    assert [row["seeds"] for row in rows.values()] == ["1"]
+    assert "__1__" in (err := capsys.readouterr().err) and "__2__" in err and "2 unfinished of 3" in err
+
+
+def test_runs_are_not_collected_into_their_own_folder(tmp_path):
+    write_run(tmp_path, "smac", "sac", 0, dict(online={0: 60, 60: 80}))
+    with pytest.raises(SystemExit):
+        make_report(tmp_path / "out", tmp_path, "--collect", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_report_of_what_was_collected_is_the_same_to_the_last_byte(numbers, tmp_path):
@@ -466,13 +514,13 @@ def test_the_corners_of_a_plane_are_its_checkpoints(reference, tmp_path, monkeyp
         saved["agent"]["policy_average.head.bias"] += 0.5
 
     c = changed(reference / "last.pt", tmp_path / "c.pt", turn)
-    words = ["--points", 2, "--low", 0, "--high", 1, "--episodes", 1, "--jobs", 1]
+    words = ["--points", 2, "--low", 0, "--high", 1, "--episodes", 2, "--jobs", 1]
     landscape_main(monkeypatch, "plane", reference, reference, c, *words, "--out", tmp_path / "plane")
-    rows = {(r["x"], r["y"]): r["return"] for r in rows_of(tmp_path / "plane" / "points.csv")}
-    assert len(rows) == 4 and (tmp_path / "plane" / "plane.png").exists()
+    rows = {(r["x"], r["y"], r["episode"]): r["return"] for r in rows_of(tmp_path / "plane" / "points.csv")}
+    assert len(rows) == 8 and (tmp_path / "plane" / "plane.png").exists()
     for key, path in {("0", "0"): reference / "offline.pt", ("1", "0"): reference / "last.pt", ("0", "1"): c}.items():
-        (row,) = landscape.roll_out((), (path,), (), 0, range(1))
-        assert str(row[1]) == rows[key]
+        for row in landscape.roll_out((), (path,), (), 0, range(2)):
+            assert str(row[1]) == rows[*key, str(row[0])]
 
 
 def test_a_path_through_periodic_checkpoints(reference, tmp_path, monkeypatch, capsys):
@@ -483,9 +531,9 @@ def test_a_path_through_periodic_checkpoints(reference, tmp_path, monkeypatch, c
             saved["position"]["online"] = 1
 
         changed(reference / "last.pt", tmp_path / f"{phase}-{step}.pt", move)
-    words = ["path", tmp_path, "--pca", "--episodes", 1, "--jobs", 1, "--out", tmp_path / "out"]
+    words = ["path", tmp_path, "--pca", "--episodes", 2, "--jobs", 1, "--out", tmp_path / "out"]
     landscape_main(monkeypatch, *words)
-    names = [r["checkpoint"].split("/")[-1] for r in rows_of(tmp_path / "out" / "points.csv")]
+    names = [r["checkpoint"].split("/")[-1] for r in rows_of(tmp_path / "out" / "points.csv")][::2]
     assert names == ["offline-0.pt", "offline-30.pt", "online-40.pt", "online-100.pt"]
     assert f"{3**0.5 * 100:.1f} long, {3**0.5 * 100:.1f} from end to end" in capsys.readouterr().out
 

@@ -545,7 +545,7 @@ def test_equal_returns_have_no_unit():
         iql.scaled_beta(dict(returns=np.ones(3)), SimpleNamespace(advantage_unit="returns", beta=1.0))
 
 
-@pytest.mark.parametrize("change, sentence", [("smac", "holds no V"), ("iql", "does not fit")])
+@pytest.mark.parametrize("change, sentence", [("smac", "holds no V"), ("iql", "was trained with")])
 def test_another_scripts_file_or_another_shape_is_refused(finished, dataset, tmp_path, change, sentence):
     state = load(finished.folder / "offline.pt")
     state["args"]["algorithm"] = change
