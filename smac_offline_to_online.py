@@ -118,6 +118,7 @@ class OnlineFlags:
     warmup_steps: int = 5_000  # first online steps: the pretrained policy collects, nothing is updated (paper, 4.2)
     online_batch_size: int = 1024  # transitions, from dataset and replay
     offline_fraction: float = 0.5  # share of each online batch that comes from the dataset (paper, 4.2)
+    online_lr_scale: float = 1.0  # critic's and policy's rates online, in units of those offline (ours; the paper: 1)
     utd: int = 1  # critic updates a step, each on 1/utd of the batch (WSRL 4); one policy update on all of it
     backup_entropy: bool = False  # SAC's entropy bonus in the TD target (the paper's L_AC has none)
     awr_temperature: float = 0.4  # awr: weight exp(awr_temperature (Q - V)), at most 100
@@ -138,11 +139,13 @@ ROWS = {
     | dict(score_condition_hidden=(128, 128), offline_steps=30_000, num_critics=4, critic_hidden=(128, 128))
     | dict(policy_hidden=(128, 128), normalize_observations=True, critic_lr=1e-3, policy_lr=3e-4, tau=0.02)
     | dict(kappa=1.0, temperature_lr=3e-4, target_entropy_scale=-1.0, policy_average=2e-4)
-    | dict(online_steps=17_500, warmup_steps=2_000, online_batch_size=256, eval_every=2_500, eval_episodes=10),
+    | dict(online_steps=17_500, warmup_steps=2_000, online_batch_size=256, online_lr_scale=0.3)
+    | dict(eval_every=2_500, eval_episodes=10),
     "from-scratch": dict(num_critics=2, critic_hidden=(256, 256), critic_activation="relu", policy_hidden=(256, 256))
     | dict(policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0, backup_entropy=True, optimizer="adam")
     | dict(critic_lr=3e-4, tau=0.005, normalize_observations=False, policy_average=1.0, offline_fraction=0.0)
-    | dict(online_steps=1_000_000, warmup_steps=5_000, online_batch_size=256, eval_every=5_000, eval_episodes=10),
+    | dict(online_steps=1_000_000, warmup_steps=5_000, online_batch_size=256, online_lr_scale=1.0)
+    | dict(eval_every=5_000, eval_episodes=10),
 }
 NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "optimizer", "muon_scale")
 NETWORK_FLAGS += ("score_hidden", "score_blocks", "score_condition_hidden", "gamma")
@@ -990,9 +993,10 @@ def make_optimizers(agent: Agent, args: SimpleNamespace) -> dict[str, Muon]:
     return optimizers
 
 
-def set_learning_rates(optimizers: dict[str, Muon], args: SimpleNamespace) -> None:
+def set_learning_rates(optimizers: dict[str, Muon], args: SimpleNamespace, scale: float = 1.0) -> None:
     """The flags' rates, after --init-from and --resume too: an optimiser's state brings its old ones along."""
-    rates = dict(critic=args.critic_lr, policy=args.policy_lr, temperature=args.temperature_lr, alpha_net=1e-4)
+    rates = dict(critic=scale * args.critic_lr, policy=scale * args.policy_lr)
+    rates |= dict(temperature=args.temperature_lr, alpha_net=1e-4)
     for name, group in ((k, group) for k, v in optimizers.items() for group in v.param_groups):
         group["lr"].fill_(rates[name])  # alpha_net's: Table 7
         group["scale"] = args.muon_scale
@@ -1258,6 +1262,7 @@ def main() -> None:
 
     # ---- phase 3: a plain online algorithm
     from_dataset = 0 if from_scratch else round(args.offline_fraction * args.online_batch_size)
+    set_learning_rates(optimizers, args, args.online_lr_scale)
     for step in run.steps("online", 0 if args.online_algorithm == "none" else args.online_steps):
         if step == 0:  # what was evaluated is what goes on
             agent.policy.load_state_dict(agent.policy_average.state_dict())

@@ -171,14 +171,17 @@ def test_resumed_twice_and_after_its_end(dataset, reference, tmp_path, monkeypat
     assert_same_outcome(folder, reference)
 
 
-def test_a_learning_rate_given_with_resume_counts(dataset, tmp_path, monkeypatch):
+def test_a_learning_rate_given_with_resume_counts_and_online_its_share(dataset, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         interrupt(patch, "offline", 37, die)
         run_here(*flags(dataset, tmp_path))
-    run_here("--resume", only_run(tmp_path), "--critic-lr", 1e-5)
-    state = load(only_run(tmp_path) / "last.pt")
-    assert [group["lr"].item() for group in state["critic"]["param_groups"]] == pytest.approx([1e-5] * 2)
-    assert state["policy"]["param_groups"][0]["lr"].item() == pytest.approx(state["args"]["policy_lr"])
+    run_here("--resume", only_run(tmp_path), "--critic-lr", 1e-5, "--online-lr-scale", 0.5)
+    for name, scale in (("offline.pt", 1.0), ("last.pt", 0.5)):
+        state = load(only_run(tmp_path) / name)
+        rates = {k: [g["lr"].item() for g in state[k]["param_groups"]] for k in ("critic", "policy", "temperature")}
+        assert rates["critic"] == pytest.approx([scale * 1e-5] * 2)
+        assert rates["policy"] == pytest.approx([scale * state["args"]["policy_lr"]] * 2)
+        assert rates["temperature"] == pytest.approx([state["args"]["temperature_lr"]])
 
 
 @pytest.mark.parametrize("start", ["scratch", "offline.pt"])
