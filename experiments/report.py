@@ -97,8 +97,8 @@ def short(value):
     """An absolute path without the machine's part of it: its last three names. All else as it is."""
     if isinstance(value, list):
         return [short(v) for v in value]
-    before, equals, path = value.rpartition("=") if isinstance(value, str) else ("", "", "")
-    return before + equals + "/".join(Path(path).parts[-3:]) if path.startswith("/") else value
+    absolute = re.fullmatch(r"(--[\w-]+=)?(/.+)", value) if isinstance(value, str) else None
+    return (absolute[1] or "") + "/".join(Path(absolute[2]).parts[-3:]) if absolute else value
 
 
 def read_run(path: Path) -> Run | None:

@@ -355,6 +355,21 @@ def test_a_cut_off_file_costs_its_own_run_alone(tmp_path, capsys):
     assert "__1__" in (err := capsys.readouterr().err) and "__2__" in err and "2 unfinished of 3" in err
 
 
+@pytest.mark.parametrize(
+    "value, kept",
+    [
+        ("/a/b/c/d/e.pt", "c/d/e.pt"),
+        ("--init-from=/a/b/c/d/e.pt", "--init-from=c/d/e.pt"),
+        ("/a/b/c/seed=0/e.pt", "c/seed=0/e.pt"),  # as sweep.py names folders
+        (["x", "/a/b/c/d"], ["x", "b/c/d"]),
+        ("runs/a", "runs/a"),
+        (3, 3),
+    ],
+)
+def test_what_is_kept_names_no_machines_folders(value, kept):
+    assert report.short(value) == kept
+
+
 def test_runs_are_not_collected_into_their_own_folder(tmp_path):
     write_run(tmp_path, "smac", "sac", 0, dict(online={0: 60, 60: 80}))
     with pytest.raises(SystemExit):
