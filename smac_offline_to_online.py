@@ -1078,11 +1078,11 @@ class Updates:
         self.offline, self.online = compiled(self.offline, args, device), compiled(self.online, args, device)
 
     @torch.no_grad()
-    def act(self, s: Tensor, learning: bool) -> Tensor:
-        """Actions for collecting. In the warm start the stochastic average's. Then the policy's own, or TD3's mean with
-        noise: where the average went on acting, no data showed the policy its mistakes (docs/smac.md)."""
-        if not (learning and self.is_td3):
-            return (self.agent.policy if learning else self.agent.policy_average).sample(s)[0]
+    def act(self, s: Tensor, explore: bool) -> Tensor:
+        """Actions for collecting: the stochastic policy's, or TD3's mean with noise. Not the average's: then no data
+        would show the policy its own mistakes (docs/smac.md)."""
+        if not explore:
+            return self.agent.policy.sample(s)[0]
         a = self.agent.policy.mode(s)
         return (a + self.args.exploration_noise * torch.randn_like(a)).clamp(-1, 1)
 
@@ -1264,7 +1264,7 @@ def main() -> None:
     from_dataset = 0 if from_scratch else round(args.offline_fraction * args.online_batch_size)
     set_learning_rates(optimizers, args, args.online_lr_scale)
     for step in run.steps("online", 0 if args.online_algorithm == "none" else args.online_steps):
-        if step == 0:  # what was evaluated is what goes on
+        if step == 0:  # what was evaluated is what collects the warm start and goes on
             agent.policy.load_state_dict(agent.policy_average.state_dict())
             agent.policy_target.load_state_dict(agent.policy_average.state_dict())
             run.evaluate("online", 0, agent.policy_average)
@@ -1273,7 +1273,7 @@ def main() -> None:
             if from_scratch and not learning:
                 action = 2 * torch.rand(act_dim) - 1
             else:
-                action = updates.act(torch.as_tensor(env.obs, device=device)[None], learning)[0]
+                action = updates.act(torch.as_tensor(env.obs, device=device)[None], updates.is_td3 and learning)[0]
             episode = collect(env, action.cpu().numpy(), replay, args.seed)
         if episode is not None:
             run.episode(*episode)
