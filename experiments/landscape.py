@@ -125,7 +125,7 @@ def read_point(path: Path) -> Point:
     if args["task"] not in TASKS:
         raise BadInput(f"{path} is of the task {args['task']}, which this version does not have.")
     (act_dim,) = environments(args["task"], 1)[0].action_space.shape
-    # SMAC acts with, and evaluates, its policy's running average; the other scripts have none
+    # SMAC evaluates and hands over its policy's running average; the other scripts have none
     policy = mean_policy(agent, act_dim, "policy_average." if "policy_average.mean" in agent else "policy.")
     if not {"mean", "std", "head.weight", "head.bias", "trunk.0.weight"} <= policy.keys():
         raise BadInput(f"{path} holds no policy of docs/checkpoint.md.")
