@@ -202,7 +202,7 @@ def test_observations_are_not_normalised_where_not_asked(dataset, tmp_path):
 
 def test_init_from_takes_the_learning_rates_of_the_flags(reference, dataset, tmp_path):
     start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
-    folder = run_here(*TINY, *start, "--critic-lr", 1e-5)
+    folder = run_here(*TINY, *start, "--critic-lr", 1e-5, "--online-lr-scale", 1)
     rates = [group["lr"].item() for group in load(folder / "last.pt")["critic"]["param_groups"]]
     assert rates == pytest.approx([1e-5, 1e-5])
 
