@@ -19,6 +19,7 @@ import smac_offline_to_online as smac
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import identity
 import landscape
 import report
 import sweep
@@ -604,3 +605,43 @@ def test_checkpoints_that_do_not_go_together_are_one_sentence(change, sentence, 
 def test_a_folder_without_the_checkpoint_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="has no offline.pt"):
         landscape_main(monkeypatch, "line", tmp_path)
+
+
+# ---- identity
+def identity_main(monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["identity.py", *map(str, words)])
+    identity.main()
+
+
+def test_a_critic_that_follows_a_score_has_cosine_one_with_it(reference):
+    """And minus one with its opposite, on every kind of action."""
+    saved, critic = load(reference / "last.pt"), smac.Critics(3, 11, 3, (16, 16), "tanh")
+    critic.load_state_dict(identity.part(saved["agent"], "critic"))
+    s, a = torch.randn(64, 11), 2 * torch.rand(64, 3) - 1
+    for sign in (1, -1):
+        model = mock.Mock(score=lambda s, b, sign=sign: sign * smac.action_gradient(critic, s, b).mean(0).detach())
+        values = identity.cosines(reference / "last.pt", model, s, a, seed=0)
+        assert values.keys() == {"data", "policy", "uniform"}
+        assert all(abs(v - sign) < 1e-5 for v in values.values())
+
+
+def test_identity_of_another_scripts_checkpoint(reference, tmp_path, monkeypatch, capsys):
+    """IQL's policy is adopted as at the hand-over; what does not depend on the policy is SMAC's to the last digit."""
+    other = changed(reference / "last.pt", tmp_path / "iql.pt", iql_shaped)
+    dataset = load(reference / "last.pt")["args"]["dataset"]
+    out = tmp_path / "identity.csv"
+    words = ("--score", reference / "offline.pt", "--dataset", dataset, "--states", 50, "--out", out)
+    identity_main(monkeypatch, reference / "last.pt", other, *words)
+    rows = rows_of(out)
+    assert [r["actions"] for r in rows] == 2 * ["data", "policy", "uniform"]
+    assert [r["cosine"] for r in rows[:3:2]] == [r["cosine"] for r in rows[3::2]] and "iql.pt" in rows[3]["checkpoint"]
+    assert str(other) in capsys.readouterr().out
+
+
+def test_identity_without_a_fitted_score_is_one_sentence(reference, tmp_path, monkeypatch):
+    def unfit(saved):
+        saved["score_model"]["fitted"] = torch.tensor(False)
+
+    score = changed(reference / "offline.pt", tmp_path / "unfitted.pt", unfit)
+    with pytest.raises(SystemExit, match="holds no fitted score model"):
+        identity_main(monkeypatch, reference / "last.pt", "--score", score)

@@ -5,11 +5,13 @@ says so and compares the parts that are the same.
 """
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, rows_of
 from torch.distributions import Normal
 
 import cal_ql
@@ -298,3 +300,26 @@ def test_returns_to_go():
         count = episode.transition_count
         np.testing.assert_allclose(G[start : start + count], theirs[:, 0].numpy(), rtol=1e-4, atol=1e-5)
     assert math.isclose(G[9], r[9], rel_tol=1e-6) and not math.isclose(G[8], r[8], rel_tol=1e-3)
+
+
+# ---- experiments/peers.py
+@pytest.mark.parametrize("script", ["td3_bc", "iql", "cal_ql"])
+def test_what_d3rlpy_learns_is_a_run_folder(script, tmp_path, monkeypatch):
+    """With our row's values in d3rlpy's algorithm, and its deterministic policy in our evaluation."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import peers
+
+    row = peers.row_of(peers.SCRIPTS[script], "hopper-embedded")
+    config = peers.algorithm(script, row, 4, np.zeros((2, 11), np.float32))
+    assert (config.critic_learning_rate, config.actor_learning_rate) == (row.critic_lr, row.policy_lr)
+    assert (config.batch_size, config.tau, config.gamma) == (row.offline_batch_size, row.tau, row.gamma)
+    assert tuple(config.critic_encoder_factory.hidden_units) == row.critic_hidden == (128, 128)
+    words = f"{script} --steps 4 --eval-every 2 --eval-episodes 2 --final-episodes 3 --out {tmp_path}".split()
+    monkeypatch.setattr(sys, "argv", ["peers.py", *words])
+    peers.main()
+    [run] = tmp_path.iterdir()
+    rows = [(r["phase"], int(r["step"])) for r in rows_of(run / "evaluations.csv")]
+    assert rows == [("offline", step) for step in (0, 0, 2, 2, 4, 4)] + 3 * [("final", 4)]
+    assert len({r["score"] for r in rows_of(run / "evaluations.csv")[:6:2]}) == 3  # the policy moves
+    with pytest.raises(SystemExit, match="exists"):
+        peers.main()
