@@ -27,9 +27,7 @@ import smac_offline_to_online as smac
 
 @dataclass
 class Args:
-    checkpoints: Annotated[
-        tuple[Path, ...], tyro.conf.Positional
-    ]  # offline.pt, last.pt, ... of any of the four scripts
+    checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]  # offline.pt, last.pt, ... of the four scripts
     score: Path = tyro.MISSING  # a checkpoint of smac_offline_to_online.py with a fitted score model
     dataset: str | None = None  # as the scripts' --dataset (default: the one the score was fitted to)
     states: int = 5_000  # dataset states
@@ -68,13 +66,18 @@ def cosines(path: Path, model: smac.ScoreModel, s: torch.Tensor, a: torch.Tensor
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    if args.states < 1 or not args.checkpoints:
+        raise smac.BadInput("One checkpoint and --states 1 are needed at least.")
     start = smac.read_checkpoint(args.score)
     if not start.get("score_model", {}).get("fitted"):
         raise smac.BadInput(f"{args.score} holds no fitted score model: name a SMAC run's offline.pt.")
-    task, dataset = smac.TASKS[start["args"]["task"]], args.dataset or start["args"].get("dataset")
+    if (name := start["args"]["task"]) not in smac.TASKS:
+        raise smac.BadInput(f"{args.score} is of the task {name}, which this version does not have.")
+    task, dataset = smac.TASKS[name], args.dataset or start["args"].get("dataset")
     raw = smac.read_dataset(task, dataset)
     raw |= {k: smac.observation(task, v) for k, v in raw.items() if "observations" in k}
-    obs_dim, act_dim = (raw[k].shape[1] for k in ("observations", "actions"))
+    obs_dim, act_dim = len(start["score_model"]["mean"]), len(start["score_model"]["outlet.1.bias"])
+    smac.check_dataset(raw, obs_dim, act_dim, dataset or name)
     model = smac.ScoreModel(obs_dim, act_dim, SimpleNamespace(**start["args"]))
     model = load(model, start["score_model"], args.score)
     data = smac.to_transitions(raw, task)

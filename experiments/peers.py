@@ -102,6 +102,8 @@ class Policy(torch.nn.Module):
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     script = SCRIPTS[args.script]
+    if min(args.steps, args.eval_every, args.eval_episodes, args.final_episodes) < 1:
+        sys.exit("error: --steps, --eval-every, --eval-episodes and --final-episodes: 1 or more.")
     if args.task not in script.TASKS or script.TASKS[args.task].domain != "locomotion":
         sys.exit(f"error: --task {args.task}: not one of the scripts' locomotion tasks.")
     path = args.out / f"{args.task}__d3rlpy-{args.script}__{args.seed}"
@@ -110,13 +112,16 @@ def main() -> None:
     row, task = row_of(script, args.task), script.TASKS[args.task]
     torch.set_num_threads(1)
     d3rlpy.seed(args.seed)  # numpy's, torch's and Python's generators
-    envs = [script.TaskEnv(task) for _ in range(args.final_episodes)]
+    envs = [script.TaskEnv(task) for _ in range(max(args.eval_episodes, args.final_episodes))]
     raw = script.read_dataset(task, args.dataset)
+    if "timeouts" not in raw:
+        sys.exit("error: the dataset has no timeouts, without which d3rlpy takes several episodes for one.")
+    raw |= {k: script.observation(task, v) for k, v in raw.items() if "observations" in k}
     (obs_dim,), (act_dim,) = envs[0].observation_space.shape, envs[0].action_space.shape
     script.check_dataset(raw, obs_dim, act_dim, args.dataset or args.task)
     n = len(raw["rewards"])
     terminal = raw["terminals"].reshape(n) > 0
-    cut = raw.get("timeouts", np.zeros(n)).reshape(n) > 0
+    cut = raw["timeouts"].reshape(n) > 0
     cut[-1] = True
     columns = [raw["observations"], raw["actions"], task.scale * raw["rewards"].reshape(n) + task.bias, terminal]
     data = d3rlpy.dataset.MDPDataset(*(x.astype(np.float32) for x in columns), timeouts=(cut & ~terminal) * 1.0)

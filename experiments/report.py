@@ -94,11 +94,17 @@ def refuse(sentence: str) -> NoReturn:
 
 # ---- reading
 def short(value):
-    """An absolute path without the machine's part of it: its last three names. All else as it is."""
+    """An absolute path without the machine's part of it: its last three names, a script's own. All else as it is."""
     if isinstance(value, list):
         return [short(v) for v in value]
+    if isinstance(value, dict):
+        return {k: short(v) for k, v in value.items()}
     absolute = re.fullmatch(r"(--[\w-]+=)?(/.+)", value) if isinstance(value, str) else None
-    return (absolute[1] or "") + "/".join(Path(absolute[2]).parts[-3:]) if absolute else value
+    return (
+        (absolute[1] or "") + "/".join(Path(absolute[2]).parts[-1 if absolute[2].endswith(".py") else -3 :])
+        if absolute
+        else value
+    )
 
 
 def read_run(path: Path) -> Run | None:
@@ -290,7 +296,7 @@ def panels(n: int, ylabel: str, title: str):
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in grid.flat[n:]:
         axes.axis("off")
-    figure.suptitle(f"{title}; dashed: the hand-over")
+    figure.suptitle(f"{title}\ndashed: the hand-over")
     return figure, grid.flat
 
 

@@ -352,21 +352,27 @@ def sweep_table(args: Args) -> list[dict]:
         for name, update in {"SMAC": fast.update, "SMAC, naive": NaiveSMAC(fast).update}.items():
             steps["critics", n, name] = lambda update=update: update(rows.sample(BATCH))
     seconds = {key: [1e3 * t for t in times] for key, times in take_turns(steps, args).items()}
+    lines = [dict(table=k[0], row=k[1], contender=k[2], unit="ms") for k in seconds]
+    values = [dict(value=statistics.median(t), low=min(t), high=max(t)) for t in seconds.values()]
+    return [line | value for line, value in zip(lines, values)]
+
+
+def sizes_figure(table: list[dict], path: Path) -> None:
+    """Of the lines that sweep_table returns."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axis, what in zip(axes, ("rows", "critics")):
-        for name in dict.fromkeys(k[2] for k in seconds if k[0] == what):
-            points = [(k[1], statistics.median(times)) for k, times in seconds.items() if k[::2] == (what, name)]
+        here = [line for line in table if line["table"] == what]
+        for name in dict.fromkeys(line["contender"] for line in here):
+            points = [(line["row"], line["value"]) for line in here if line["contender"] == name]
             axis.plot(*zip(*points), ".-", label=name)
         axis.set(xlabel=what, ylabel="ms per update", ylim=(0, None), xscale="log" if what == "rows" else "linear")
+        axis.set_xticks(sorted({line["row"] for line in here}))
         axis.grid(alpha=0.3), axis.legend()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out.with_suffix(".png"), dpi=150)
-    lines = [dict(table=k[0], row=k[1], contender=k[2], unit="ms") for k in seconds]
-    values = [dict(value=statistics.median(t), low=min(t), high=max(t)) for t in seconds.values()]
-    return [line | value for line, value in zip(lines, values)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 # ==== main
@@ -391,7 +397,10 @@ def main() -> None:
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
         print("--compile needs a C++ compiler (g++, or $CXX) and finds none: going on without.", file=sys.stderr)
         args.compile = False
-    table = updates_table(args) + muon_table(args) + (sweep_table(args) if args.sweep else [])
+    table = updates_table(args) + muon_table(args)
+    if args.sweep:
+        table += (sizes := sweep_table(args))
+        sizes_figure(sizes, args.out.with_suffix(".png"))
     about = dict(date=time.strftime("%Y-%m-%d"), commit=smac.git_commit(), machine=machine(args.device))
     about |= dict(cores=os.cpu_count(), threads=args.threads, clock=args.clock, torch=torch.__version__)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -364,6 +364,11 @@ def test_a_cut_off_file_costs_its_own_run_alone(tmp_path, capsys):
         ("/a/b/c/seed=0/e.pt", "c/seed=0/e.pt"),  # as sweep.py names folders
         (["x", "/a/b/c/d"], ["x", "b/c/d"]),
         ("runs/a", "runs/a"),
+        ("/home/me/smac/iql.py", "iql.py"),
+        (
+            [{"command": ["/home/me/smac/iql.py", "--resume", "/a/b/c/d"]}],
+            [{"command": ["iql.py", "--resume", "b/c/d"]}],
+        ),
         (3, 3),
     ],
 )
