@@ -335,7 +335,7 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
     kept), scores (of all).
     """
     n = len(raw["rewards"])
-    obs, rewards = raw["observations"].astype(np.float32), raw["rewards"].astype(np.float64).reshape(n)
+    obs, rewards = raw["observations"].astype(np.float32, copy=False), raw["rewards"].astype(np.float64).reshape(n)
     terminal = raw["terminals"].reshape(n) > 0
     end = terminal.copy()
     if task.domain == "adroit":
@@ -346,7 +346,7 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
         terminal = rewards >= 4  # the environment here ends when all four are solved, and only then
     follows = np.zeros(n, bool)  # whether the stored next state is the following row's state
     if "next_observations" in raw:
-        next_obs = raw["next_observations"].astype(np.float32)
+        next_obs = raw["next_observations"].astype(np.float32, copy=False)
         follows[:-1] = np.abs(next_obs[:-1] - obs[1:]).max(1) < 1e-6
         end[:-1] |= ~follows[:-1]
     if "timeouts" in raw:
@@ -381,7 +381,7 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
         )
     actions = raw["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
     columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, w=w)
-    data = {k: v[keep].astype(np.float32) for k, v in (columns | dict(terminals=terminal)).items()}
+    data = {k: v[keep].astype(np.float32, copy=False) for k, v in (columns | dict(terminals=terminal)).items()}
     last = np.r_[np.diff(episode[keep]) > 0, True]
     data["cuts"] = (last & (data["terminals"] == 0)).astype(np.float32)
     return data | dict(returns=returns[some], terminated=terminated[some], scores=scores)
@@ -794,9 +794,11 @@ def set_up(args: SimpleNamespace, extra: int = 0) -> SimpleNamespace:
         check_dataset(raw, obs_dim, act_dim, args.dataset or args.task)
         inputs.data = data = to_transitions(raw, task)
         print(summarize(data, len(raw["rewards"]), task))
+        del raw  # from here the dataset is in memory twice, as `data` and as the replay's rows, and no more
         inputs.dataset = Replay(len(data["w"]), obs_dim, act_dim, device, extra)
         columns = data | dict(rewards=task.scale * data["rewards"] + task.bias)
-        inputs.dataset.add(*(columns[k] for k in COLUMNS), *np.zeros((extra, len(data["w"]))))
+        for part in np.array_split(np.arange(len(data["w"])), 1 + len(data["w"]) // 100_000):
+            inputs.dataset.add(*(columns[k][part] for k in COLUMNS), *np.zeros((extra, len(part))))
     return inputs
 
 

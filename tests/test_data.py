@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tracemalloc
 
 import gymnasium as gym
 import numpy as np
@@ -338,3 +339,17 @@ def test_a_file_may_hold_integer_rewards_and_double_observations(tmp_path):
     raw = smac.read_dataset(HOPPER, str(write_hdf5(tmp_path / "a.hdf5", raw | {"extra": np.zeros(2)})))
     smac.check_dataset(raw, 2, 1, "a")
     assert smac.to_transitions(raw, HOPPER)["rewards"].tolist() == [1, 0, 1]
+
+
+def test_a_large_dataset_is_not_copied_many_times():
+    n = 200_000
+    raw = dict(observations=np.random.default_rng(0).standard_normal((n, 11)).astype(np.float32))
+    raw |= dict(actions=np.zeros((n, 3), np.float32), rewards=np.zeros(n, np.float32), terminals=np.zeros(n, bool))
+    raw |= dict(next_observations=np.roll(raw["observations"], -1, 0), timeouts=np.arange(n) % 1000 == 999)
+    tracemalloc.start()
+    try:
+        data = smac.to_transitions(raw, HOPPER)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * sum(v.nbytes for v in data.values())
