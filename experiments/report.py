@@ -331,7 +331,9 @@ def curves_figure(runs: list[Run], path: Path) -> None:
         n = sorted({count for key, count in seeds.items() if key[:2] == name})
         label = f"{', '.join(filter(None, name))} ({' or '.join(map(str, n))} seeds)"
         handles.append(plt.Line2D([], [], color=color, marker=".", label=label))
-    save(figure, path, [*handles, plt.Rectangle((0, 0), 1, 1, color="gray", alpha=0.15, label="warm start")])
+    if online != ["none"]:
+        handles.append(plt.Rectangle((0, 0), 1, 1, color="gray", alpha=0.15, label="warm start"))
+    save(figure, path, handles)
 
 
 def read_cosines(run: Run, phase: str) -> dict[str, dict[int, float]]:
