@@ -99,12 +99,10 @@ def short(value):
         return [short(v) for v in value]
     if isinstance(value, dict):
         return {k: short(v) for k, v in value.items()}
-    absolute = re.fullmatch(r"(--[\w-]+=)?(/.+)", value) if isinstance(value, str) else None
-    return (
-        (absolute[1] or "") + "/".join(Path(absolute[2]).parts[-1 if absolute[2].endswith(".py") else -3 :])
-        if absolute
-        else value
-    )
+    if not isinstance(value, str) or not (absolute := re.fullmatch(r"(--[\w-]+=)?(/.+)", value)):
+        return value
+    names = Path(absolute[2]).parts[-1 if absolute[2].endswith(".py") else -3 :]
+    return (absolute[1] or "") + "/".join(names)
 
 
 def read_run(path: Path) -> Run | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 import tracemalloc
 
 import gymnasium as gym
@@ -353,3 +354,12 @@ def test_a_large_dataset_is_not_copied_many_times():
     finally:
         tracemalloc.stop()
     assert peak < 2 * sum(v.nbytes for v in data.values())
+
+
+def test_the_dataset_fills_its_replay_row_for_row(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["smac", "--eval-episodes", "1", "--runs-dir", str(tmp_path)])
+    inputs = smac.set_up(smac.parse_flags())
+    assert inputs.dataset.added == len(inputs.dataset.rows) > 100_000  # added in parts
+    parts = dict(zip(smac.COLUMNS, inputs.dataset.rows.split(inputs.dataset.sizes, 1)))
+    for k, part in parts.items():
+        np.testing.assert_array_equal(part.squeeze(1), inputs.data[k])  # the embedded task leaves rewards as they are
