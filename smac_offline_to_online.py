@@ -26,6 +26,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -120,7 +121,7 @@ class OnlineFlags:
     offline_fraction: float = 0.5  # share of each online batch that comes from the dataset (paper, 4.2)
     online_lr_scale: float = 1.0  # critic's and policy's rates online, in units of those offline (ours; the paper: 1)
     utd: int = 1  # critic updates a step, each on 1/utd of the batch (WSRL 4); one policy update on all of it
-    backup_entropy: bool = False  # SAC's entropy bonus in the TD target (the paper's L_AC has none)
+    backup_entropy: bool = False  # sac: the entropy bonus in the TD target (the paper's L_AC has none)
     awr_temperature: float = 0.4  # awr: weight exp(awr_temperature (Q - V)), at most 100
     bc_weight: float = 5.0  # td3+bc: -Q / mean |Q| + bc_weight (pi(s) - a)^2, a mean over dimensions
     exploration_noise: float = 0.1  # td3, td3+bc: deviation of the noise on collected actions (TD3)
@@ -147,8 +148,10 @@ ROWS = {
     | dict(online_steps=1_000_000, warmup_steps=5_000, online_batch_size=256, online_lr_scale=1.0)
     | dict(eval_every=5_000, eval_episodes=10),
 }
-NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "optimizer", "muon_scale")
-NETWORK_FLAGS += ("score_hidden", "score_blocks", "score_condition_hidden", "gamma")
+ALGORITHM = "smac"  # in the run folder's name and in checkpoints
+# What a checkpoint fixes for whoever goes on from it: the networks' shapes, and the discount that its values are for.
+NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "gamma")
+NETWORK_FLAGS += ("score_hidden", "score_blocks", "score_condition_hidden")
 
 
 # ==== shared: from the command line to flags
@@ -171,34 +174,31 @@ def parse_flags() -> SimpleNamespace:
     else:
         row = ROWS.get(TASKS[name].domain, {}) | ROWS.get(name, {}) | {"task": name}
         if given.init_from is not None:  # it brings what its networks need, and from the same script all of pretraining
-            same = Path(__file__).stem.startswith(start["algorithm"])
+            same = start["algorithm"] == ALGORITHM
             own = [f.name for k, group in GROUPS.items() if k not in ("run", "online") for f in fields(group)]
-            dataset = ["dataset"] if name == start["task"] else []
-            row |= {k: start[k] for k in (*NETWORK_FLAGS, *dataset, *(own if same else ())) if k in start}
+            more = ["optimizer", "muon_scale", *(["dataset"] if name == start["task"] else [])]
+            row |= {k: start[k] for k in (*NETWORK_FLAGS, *more, *(own if same else ())) if k in start}
         elif given.offline_steps == 0:
             row |= ROWS.get("from-scratch", {})
     groups = [group() for group in GROUPS.values()]
     for group, f in [(g, f) for g in groups for f in fields(g) if row.get(f.name) is not None]:
-        value = Path(row[f.name]) if "Path" in str(f.type) else row[f.name]
-        setattr(group, f.name, tuple(value) if isinstance(value, list) else value)
+        setattr(group, f.name, Path(row[f.name]) if "Path" in str(f.type) else row[f.name])
     kind = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
     flags = tyro.cli(kind, default=kind(*groups), description=(__doc__ or "").split("\n\n")[0])
     args = SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
-    least = dict.fromkeys(("seed", "score_steps", "offline_steps", "online_steps", "warmup_steps"), 0)
-    for k, v in vars(args).items():  # a layer's width, a batch, an interval, ...: 1 or more, unless said above
-        whole = v if isinstance(v, tuple) else (v,) if type(v) is int else ()
-        if v == () or any(x < least.get(k, 1) for x in whole):
-            raise BadInput(f"--{k.replace('_', '-')} {v}: at least {least.get(k, 1)} is needed.")
-        most = 1 if k in ("gamma", "tau", "policy_average", "offline_fraction", "expectile") else math.inf
-        share = most == 1 or k.endswith("_lr")
-        if type(v) is float and not (math.isfinite(v) and (not share or 0 <= v <= most)):
-            needed = f"between 0 and {most}" if share else "finite"
+    shares = ("gamma", "tau", "policy_average", "offline_fraction", "expectile")
+    from_zero = ("seed", "score_steps", "offline_steps", "online_steps", "warmup_steps", "kappa", "bc_weight", *shares)
+    for k, v in vars(args).items():  # whole numbers (a layer's width, a batch, ...) are 1 or more, unless said above
+        numbers = v if isinstance(v, tuple) else (v,) if type(v) in (int, float) else ()
+        low = 0 if k in from_zero or k.endswith("_lr") else -math.inf if type(v) is float else 1
+        high = 1 if k in shares else math.inf
+        if v == () or not all(math.isfinite(x) and low <= x <= high for x in numbers):
+            needed = (
+                f"at least {low}" if high > 1 and low >= 0 else f"between {low} and {high}" if low >= 0 else "finite"
+            )
             raise BadInput(f"--{k.replace('_', '-')} {v}: a number {needed} is needed.")
-    if changed := [k for k in NETWORK_FLAGS if k != "muon_scale" and k in start and start[k] != getattr(args, k)]:
-        k = changed[0]
+    for k in [k for k in NETWORK_FLAGS if k in start and start[k] != getattr(args, k)]:
         raise BadInput(f"--{k.replace('_', '-')}: {source} was trained with {start[k]}, and cannot go on with another.")
-    if args.online_batch_size % getattr(args, "utd", 1):
-        raise BadInput("--online-batch-size must be a multiple of --utd.")
     for flag, path in dict(runs_dir=args.runs_dir, save_replay=args.save_replay and args.save_replay.parent).items():
         if path and any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
             raise BadInput(f"--{flag.replace('_', '-')}: {path} is no folder and cannot become one.")
@@ -267,7 +267,7 @@ for name, file in KITCHEN.items():
 # ==== shared: data
 def download(url: str, path: Path) -> None:
     """Fetch an HDF5 file under a temporary name, check that it is whole, then give it its name."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.part{os.getpid()}")  # runs of a sweep may fetch the same file at once
     socket.setdefaulttimeout(30)  # or a dead connection would hang for ever
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +275,8 @@ def download(url: str, path: Path) -> None:
         h5py.File(part).close()  # refuses what a broken connection leaves
         os.replace(part, path)
     except (OSError, HTTPException) as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise BadInput(f"Cannot download {url} ({e}): fetch it on another machine and put it at {path}.") from e
 
 
@@ -296,7 +297,9 @@ def read_dataset(task: Task, dataset: str | None) -> dict[str, np.ndarray]:
     except FileNotFoundError as e:
         raise BadInput(f"{path}: no such file. --dataset takes a D4RL-layout HDF5 file or minari:ID.") from e
     except (OSError, RuntimeError) as e:
-        again = "name another file" if dataset else "delete it, and the next run fetches it again"
+        again = (
+            "delete it, and the next run fetches it again" if task.url and not dataset else "name or restore another"
+        )
         raise BadInput(f"{path}: not a whole HDF5 file ({e}): {again}.") from e
     if missing := [k for k in required if k not in raw]:
         raise BadInput(f"{path}: {', '.join(missing)} missing; D4RL's layout has {', '.join(required)}.")
@@ -375,11 +378,10 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
             raise BadInput("A binary Adroit dataset has the reward -1 and, on success, 0; this one has not.")
     if task.domain == "kitchen":
         terminal = rewards >= 4  # the environment here ends when all four are solved, and only then
-    follows = np.zeros(n, bool)  # whether the stored next state is the following row's state
-    if "next_observations" in raw:
-        next_obs = raw["next_observations"].astype(np.float32, copy=False)
-        follows[:-1] = np.abs(next_obs[:-1] - obs[1:]).max(1) < 1e-6
-        end[:-1] |= ~follows[:-1]
+    stored = "next_observations" in raw
+    next_obs = raw["next_observations"].astype(np.float32, copy=False) if stored else np.r_[obs[1:], obs[-1:]]
+    follows = np.r_[np.abs(next_obs[:-1] - obs[1:]).max(1) < 1e-6, not stored]  # whether it is the following row's
+    end[:-1] |= ~follows[:-1]
     if "timeouts" in raw:
         end |= raw["timeouts"].reshape(n) > 0
     else:  # as D4RL does: count steps against the environment's limit
@@ -400,16 +402,11 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
     low, high = returns[some].min(), returns[some].max()
     w = ((returns - low) / (high - low) if high > low else np.ones_like(returns))[episode]
 
-    if "next_observations" in raw:
-        unknown = end & follows  # it is the next episode's first state, not this one's last
-    else:
-        next_obs, unknown = np.r_[obs[1:], obs[-1:]], end
+    unknown = end & follows  # it is the next episode's first state, not this one's last
     next_obs = np.where(unknown[:, None], obs, next_obs)  # of a terminal it is never used
     keep &= ~unknown | terminal
     if not keep.any():
-        raise BadInput(
-            "No row of the dataset has a next state: each is an episode of its own. Check its order and flags."
-        )
+        raise BadInput("No row has a next state: each is an episode of its own. Check the dataset's order and flags.")
     actions = raw["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
     columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, w=w)
     data = {k: v[keep].astype(np.float32, copy=False) for k, v in (columns | dict(terminals=terminal)).items()}
@@ -445,8 +442,7 @@ class Replay:
         self.added += len(rows)
 
     def sample(self, n: int) -> Tensor:
-        i = torch.randint(min(self.added, len(self.rows)), (n,), device=self.rows.device)
-        return self.rows.index_select(0, i)
+        return self.rows.index_select(0, torch.randint(min(self.added, len(self.rows)), (n,), device=self.rows.device))
 
     def state_dict(self) -> dict:
         return dict(rows=self.rows[: self.added].clone(), added=self.added)
@@ -456,9 +452,8 @@ class Replay:
 
     def write(self, path: Path, task: Task, **attributes) -> None:
         """D4RL-layout HDF5 with raw rewards. No next_observations: they are the next row's observations."""
-        s, a, r, _, terminal, cut, *_ = (
-            x.squeeze(1).cpu().numpy() for x in self.rows[: self.added].split(self.sizes, 1)
-        )
+        rows = self.rows[: self.added].cpu().split(self.sizes, 1)
+        s, a, r, _, terminal, cut, *_ = (x.squeeze(1).numpy() for x in rows)
         columns = dict(observations=s, actions=a, rewards=(r - task.bias) / task.scale)
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(path.with_name(path.name + ".part"), "w") as f:
@@ -487,11 +482,8 @@ class TaskEnv(gym.Wrapper):
     actions: loading it replays them, and the environment stands exactly where it stood."""
 
     def __init__(self, task: Task, **kwargs):
-        if task.domain != "locomotion":
-            import gymnasium_robotics
-
-            gym.register_envs(gymnasium_robotics)
-        super().__init__(gym.make(task.env_id, max_episode_steps=task.max_steps, **task.env_kwargs, **kwargs))
+        module = "" if task.domain == "locomotion" else "gymnasium_robotics:"  # gym.make imports it, and it registers
+        super().__init__(gym.make(module + task.env_id, max_episode_steps=task.max_steps, **task.env_kwargs, **kwargs))
         self.task, self.seed, self.actions = task, 0, []
 
     def reset(self, *, seed: int, options=None):
@@ -509,8 +501,9 @@ class TaskEnv(gym.Wrapper):
         if self.task.domain == "kitchen":
             reward = len(info["episode_task_completions"])
             terminated = reward >= 4
-        self.total += float(reward)
-        return self.obs, float(reward), bool(terminated), bool(truncated), info
+        self.reward = float(reward)
+        self.total += self.reward
+        return self.obs, self.reward, bool(terminated), bool(truncated), info
 
     def state_dict(self) -> dict:
         return dict(seed=self.seed, actions=self.actions)
@@ -528,18 +521,16 @@ def episode_seed(seed: int, stream: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
 
 
-def collect(env: TaskEnv, action: np.ndarray, replay: Replay, seed: int, *extra) -> tuple[float, int] | None:
-    """One environment step into the replay. At an episode's end the next one begins, and the one that ended is
-    returned: its raw return and length."""
+def collect(env: TaskEnv, action: np.ndarray, replay: Replay, run: "Run", *extra) -> bool:
+    """One environment step into the replay. At an episode's end, which is returned, the next one begins."""
     obs, task = env.obs, env.task
     next_obs, reward, terminated, truncated, _ = env.step(action)
     # easy to overlook: a time-out is no terminal, and s' is this episode's last state, not the next one's first
     replay.add(obs, action, task.scale * reward + task.bias, next_obs, terminated, truncated and not terminated, *extra)
-    if not (terminated or truncated):
-        return None
-    episode = env.total, len(env.actions)
-    env.reset(seed=episode_seed(seed, TRAINING, replay.added))
-    return episode
+    if terminated or truncated:
+        run.episode(env.total, len(env.actions))
+        env.reset(seed=episode_seed(run.args.seed, TRAINING, replay.added))
+    return terminated or truncated
 
 
 # ==== shared: evaluation
@@ -547,17 +538,14 @@ def collect(env: TaskEnv, action: np.ndarray, replay: Replay, seed: int, *extra)
 def evaluate(policy: nn.Module, envs: list[TaskEnv], seeds: list[int]) -> list[tuple[float, int, float]]:
     """(raw return, length, last reward) of one episode an environment, with the deterministic policy and one policy
     call for all that still run. Draws nothing from the training's random numbers."""
-    device = next(policy.parameters()).device
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
-    results, running = [(0.0, 0, 0.0)] * len(envs), list(range(len(envs)))
+    device, running = next(policy.parameters()).device, envs
+    for env, seed in zip(envs, seeds):
+        env.reset(seed=seed)
     while running:
-        actions = policy.mode(torch.as_tensor(obs[running], device=device)).cpu().numpy()
-        for i, action in zip(running.copy(), actions):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            results[i] = (results[i][0] + reward, results[i][1] + 1, reward)
-            if terminated or truncated:
-                running.remove(i)
-    return results
+        obs = torch.as_tensor(np.stack([env.obs for env in running]), device=device)
+        actions = policy.mode(obs).cpu().numpy()
+        running = [env for env, action in zip(running, actions) if not any(env.step(action)[2:4])]
+    return [(env.total, len(env.actions), env.reward) for env in envs]
 
 
 # ==== shared: run folder
@@ -576,7 +564,16 @@ def read_checkpoint(path: Path) -> dict:
 
 def git_commit() -> str:
     """The script's commit, with a + where files differ from it; empty outside a repository."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+",
+        "--exclude=*",
+    ]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
@@ -606,7 +603,10 @@ class Run:
         else:
             name = args.runs_dir / f"{args.task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
             self.path = next(p for i in range(10**6) if not (p := name.with_name(f"{name.name}{i or ''}")).exists())
-            self.path.mkdir(parents=True)
+            try:
+                self.path.mkdir(parents=True)
+            except OSError as e:
+                raise BadInput(f"The run folder cannot be made ({e}): name another with --runs-dir.") from e
             (self.path / "config.json").write_text(json.dumps(self.config | about, indent=1))
             (self.path / "metrics.csv").write_text("step,phase,name,value\n")
             (self.path / "evaluations.csv").write_text("step,phase,episode,return,length,score\n")
@@ -667,7 +667,7 @@ class Run:
             if ended or self.signal is not None or self.due(self.args.checkpoint_every):
                 self.save("last.pt", self.state)
             if self.signal is not None:
-                again = f"python {Path(sys.argv[0]).name} --resume {self.path}"
+                again = shlex.join(["python", sys.argv[0], "--resume", str(self.path)])
                 raise BadInput(f"Stopped after {phase} step {self.step + 1}. To go on: {again}", 128 + self.signal)
             if ended:
                 break
@@ -712,8 +712,7 @@ class Run:
         self.check_finite({k: all(p.isfinite().all() for p in m.parameters()) for k, m in modules.items()})
         state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
         state |= dict(position=self.position, evaluations=self.evaluations)
-        tables = [p for k in ("metrics", "evaluations", "episodes") if (p := self.path / f"{k}.csv").exists()]
-        state["sizes"] = {p.name: p.stat().st_size for p in tables}
+        state["sizes"] = {p.name: p.stat().st_size for p in self.path.glob("*.csv")}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         torch.save(state | {k: v.state_dict() for k, v in parts.items()}, whole := io.BytesIO())
@@ -754,23 +753,20 @@ class Run:
         """The last evaluation, curve.png, the run in a few lines, and what --save-replay and --capture-video ask for.
         Early: the first fifth of the online steps after the warm start. Regret: the mean over the online evaluations of
         the run's best score minus theirs."""
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
 
         self.evaluate("final", self.total, policy, [TaskEnv(self.task) for _ in range(self.args.final_episodes)], FINAL)
-        plt.switch_backend("Agg")
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        lines, start = {}, 0
+        axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+        lines, handover = {}, self.position.get("offline", 0)
         if self.data is not None:
             lines["dataset, mean episode"] = mean = float(self.data["scores"].mean())
             axes.axhline(mean, color="gray", linestyle=":", label="dataset, mean episode")
-        for phase in ("offline", "online"):
-            curve = [(start + step, score) for p, step, score in self.evaluations if p == phase]
-            if curve:
+        for phase, start in dict(offline=0, online=handover).items():
+            if curve := [(start + step, score) for p, step, score in self.evaluations if p == phase]:
                 axes.plot(*zip(*curve), ".-", label=phase)
-                if start > 0:
-                    axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="hand-over")
-                start = curve[-1][0]
         if online := [(step, score) for phase, step, score in self.evaluations if phase == "online"]:
+            if handover > 0:
+                axes.axvline(handover, color="black", linewidth=0.8, linestyle="--", label="hand-over")
             scores, warm = [score for _, score in online], self.args.warmup_steps
             early = [score for step, score in online if step <= warm + 0.2 * (self.args.online_steps - warm)]
             lines |= {"at transfer": scores[0], "worst early online": min(early), "last": scores[-1]}
@@ -780,8 +776,7 @@ class Run:
         axes.grid(alpha=0.3)
         axes.legend()
         with self.writing("curve.png") as path:
-            figure.savefig(path, dpi=150)
-        plt.close(figure)
+            axes.figure.savefig(path, dpi=150)
         print("\n".join(f"  {name:<32}{x:8.1f}" for name, x in lines.items()))
         if self.args.save_replay is not None:
             about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=self.args.seed)
@@ -789,9 +784,9 @@ class Run:
                 replay.write(path, self.task, **about, env_id=self.task.env_id)
         if self.args.capture_video:
             camera = TaskEnv(self.task, render_mode="rgb_array")
-            video = gym.wrappers.RecordVideo(camera, f"{self.path}/video", lambda episode: True)
-            evaluate(policy, [video], [episode_seed(self.args.seed, FINAL, 0)])
-            video.close()
+            camera.env = gym.wrappers.RecordVideo(camera.env, f"{self.path}/video", lambda episode: True)
+            evaluate(policy, [camera], [episode_seed(self.args.seed, FINAL, 0)])
+            camera.close()
 
 
 # ==== shared: set-up
@@ -923,9 +918,8 @@ def log_prob(policy: Policy, s: Tensor, a: Tensor) -> Tensor:
 
 def action_gradient(critic: Critics, s: Tensor, a: Tensor) -> Tensor:
     """grad_a Q_i(s, a) (N, B, a) by the chain rule, written out: its own gradient then takes one backward pass."""
-    slopes = [
-        1 - h * h if critic.tanh else (h > 0).to(h.dtype) for h in critic.layers(s, a, critic.weights, critic.biases)
-    ]
+    hidden = critic.layers(s, a, critic.weights, critic.biases)
+    slopes = [1 - h * h if critic.tanh else (h > 0).to(h.dtype) for h in hidden]
     g = critic.weights[-1] * slopes[-1]
     for W, slope in zip(reversed(critic.weights[1:-1]), reversed(slopes[:-1])):
         g = (g @ W) * slope
@@ -1080,26 +1074,26 @@ class Updates:
         self.offline, self.online = compiled(self.offline, args, device), compiled(self.online, args, device)
 
     @torch.no_grad()
-    def act(self, s: Tensor, explore: bool) -> Tensor:
+    def act(self, s: Tensor, td3: bool) -> Tensor:
         """Actions for collecting: the stochastic policy's, or TD3's mean with noise. Not the average's: then no data
         would show the policy its own mistakes (docs/smac.md)."""
-        if not explore:
+        if not td3:
             return self.agent.policy.sample(s)[0]
         a = self.agent.policy.mode(s)
         return (a + self.args.exploration_noise * torch.randn_like(a)).clamp(-1, 1)
 
     @torch.no_grad()
-    def td_target(self, r: Tensor, s_next: Tensor, terminal: Tensor, td3: bool) -> Tensor:
+    def td_target(self, r: Tensor, s_next: Tensor, terminal: Tensor, algorithm: str) -> Tensor:
         """y = r + gamma (1 - terminal) min_i Q'_i(s', a') over two random members (REDQ), (B,)."""
         agent, args = self.agent, self.args
-        if td3:  # target policy smoothing (arXiv 1802.09477)
+        if algorithm.startswith("td3"):  # target policy smoothing (arXiv 1802.09477)
             a_next = agent.policy_target.mode(s_next)
             a_next = (a_next + (0.2 * torch.randn_like(a_next)).clamp(-0.5, 0.5)).clamp(-1, 1)
         else:
             a_next, log_pi = agent.policy.sample(s_next)
         pair = torch.rand(args.num_critics, device=r.device).argsort()[:2]
         q_next = agent.critic_target(s_next, a_next, pair).min(0).values
-        if args.backup_entropy and not td3:
+        if args.backup_entropy and algorithm == "sac":
             q_next = q_next - agent.log_temperature.exp() * log_pi
         return r.squeeze(1) + args.gamma * (1 - terminal.squeeze(1)) * q_next
 
@@ -1110,13 +1104,14 @@ class Updates:
         descend(loss, self.optimizers["policy"])
         target_entropy = self.args.target_entropy_scale * a.size(1)
         descend(temperature_loss(self.agent.log_temperature, log_pi, target_entropy), self.optimizers["temperature"])
+        self.follow_policy()
         return dict(policy_loss=loss.detach(), entropy=-log_pi.detach().mean(), temperature=temperature)
 
     def offline(self, rows: Tensor) -> dict[str, Tensor]:
         """Score-matched pretraining: L_SMAC = kappa L_SM + L_AC for the critics, then policy, temperature, targets."""
         agent, args = self.agent, self.args
         s, a, r, s_next, terminal, _ = rows.split(self.sizes, 1)
-        y, q = self.td_target(r, s_next, terminal, td3=False), agent.critic(s, a)
+        y, q = self.td_target(r, s_next, terminal, "smac"), agent.critic(s, a)
         loss = td_loss(q, y)
         metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0, correction=0).mean())
         if args.kappa > 0:
@@ -1135,10 +1130,8 @@ class Updates:
             loss = loss + args.kappa * sm_loss
             metrics |= dict(sm_loss=sm_loss.detach(), alpha=alpha.detach().mean())
         descend(loss, self.optimizers["critic"])
-        metrics |= self.sac_policy(s)
         follow(agent.critic_target, agent.critic, args.tau)
-        self.follow_policy()
-        return metrics
+        return metrics | self.sac_policy(s)
 
     def follow_policy(self) -> None:
         follow(self.agent.policy_target, self.agent.policy, self.args.tau)
@@ -1150,7 +1143,7 @@ class Updates:
         agent, args = self.agent, self.args
         for part in rows.chunk(args.utd):
             s, a, r, s_next, terminal, _ = part.split(self.sizes, 1)
-            y, q = self.td_target(r, s_next, terminal, self.is_td3), agent.critic(s, a)
+            y, q = self.td_target(r, s_next, terminal, args.online_algorithm), agent.critic(s, a)
             loss = td_loss(q, y)
             metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0, correction=0).mean())
             descend(loss, self.optimizers["critic"])
@@ -1158,9 +1151,7 @@ class Updates:
                 follow(agent.critic_target, agent.critic, args.tau)
         s, a, *_ = rows.split(self.sizes, 1)
         if args.online_algorithm == "sac":
-            metrics |= self.sac_policy(s)
-            self.follow_policy()
-            return metrics
+            return metrics | self.sac_policy(s)
         if args.online_algorithm == "awr":
             with torch.no_grad():  # V(s) is the mean value of four policy actions
                 q = agent.critic(s, a).min(0).values
@@ -1204,45 +1195,42 @@ def main() -> None:
     args = parse_flags()
     if args.score_steps == 0 and args.kappa > 0 and args.offline_steps > 0 and args.init_from is None:
         raise BadInput("--score-steps 0 leaves no score to match: fit one, or set --kappa 0.")
+    if args.online_batch_size % args.utd:
+        raise BadInput("--online-batch-size must be a multiple of --utd.")
     inputs = set_up(args)
-    dataset, replay, env, device = inputs.dataset, inputs.replay, inputs.env, inputs.device
+    dataset, replay, env, device = inputs.dataset or inputs.replay, inputs.replay, inputs.env, inputs.device
     obs_dim, act_dim = replay.sizes[:2]
     agent, model = Agent(obs_dim, act_dim, args).to(device), ScoreModel(obs_dim, act_dim, args).to(device)
-    if from_scratch := dataset is None:
-        a = s = w = torch.zeros(0)
-    else:
+    if not (from_scratch := inputs.dataset is None):
         s, a, w = (torch.as_tensor(inputs.data[k], device=device) for k in ("observations", "actions", "w"))
         w = w if args.score_return else torch.ones_like(w)
         normalized = [m for m in agent.children() if isinstance(m, Normalized) and args.normalize_observations]
         for module in [model, *normalized]:
             module.mean.copy_(s.mean(0)), module.std.copy_(s.std(0) + 1e-3)
     average = copy.deepcopy(model).eval().requires_grad_(False)  # of the weights: what the score is asked of
-    fit, optimizers = torch.optim.Adam(model.parameters(), args.score_lr, fused=True), make_optimizers(agent, args)
+    fit, optimizers = Muon([], model.parameters()), make_optimizers(agent, args)  # fit: Adam, as there are no matrices
     updates = Updates(agent, average, optimizers, replay.sizes, args)
     networks = dict(agent=agent, score_model=average, **optimizers)
     if args.init_from is not None and args.resume is None:
         start = read_checkpoint(args.init_from)
         try:
-            if start["args"]["algorithm"] == "smac":
+            if start["args"]["algorithm"] == ALGORITHM:
                 for name, part in networks.items():
                     part.load_state_dict(start[name])
             else:
-                ours, theirs = agent.state_dict(), adopt(start["agent"], act_dim)
-                agent.load_state_dict(ours | {k: theirs[k] for k in ours if k in theirs})
+                agent.load_state_dict(adopt(start["agent"], act_dim), strict=False)
         except (KeyError, RuntimeError, ValueError) as e:
             raise BadInput(f"{args.init_from} does not fit the task or the flags ({e}).") from e
-    run = Run(args, "smac", inputs, networks, dict(model=model, fit=fit, replay=replay, env=env))
+    run = Run(args, ALGORITHM, inputs, networks, dict(model=model, fit=fit, replay=replay, env=env))
     set_learning_rates(optimizers, args)
 
     # ---- phase 1: the score of the dataset's actions
     for step in run.steps("score", 0 if from_scratch or args.init_from else args.score_steps):
         with run.clock("update"):
-            fit.param_groups[0]["lr"] = args.score_lr * 0.5 * (1 + math.cos(math.pi * step / args.score_steps))
+            fit.param_groups[0]["lr"].fill_(args.score_lr * 0.5 * (1 + math.cos(math.pi * step / args.score_steps)))
             i = torch.randint(len(a), (args.score_batch_size,), device=device)
             loss = diffusion_loss(model, s[i], a[i], w[i])
-            fit.zero_grad()
-            loss.backward()
-            fit.step()
+            descend(loss, fit)
             follow(average, model, max(1e-3, 1 / (step + 1)))  # IDQL's rate, faster at the start
             average.fitted.fill_(True)
         if run.due(args.log_every):
@@ -1263,7 +1251,7 @@ def main() -> None:
             run.save("offline.pt", networks)
 
     # ---- phase 3: a plain online algorithm
-    from_dataset = 0 if from_scratch else round(args.offline_fraction * args.online_batch_size)
+    from_dataset = round(args.offline_fraction * args.online_batch_size)
     set_learning_rates(optimizers, args, args.online_lr_scale)
     for step in run.steps("online", 0 if args.online_algorithm == "none" else args.online_steps):
         if step == 0:  # what was evaluated is what collects the warm start and goes on
@@ -1276,15 +1264,11 @@ def main() -> None:
                 action = 2 * torch.rand(act_dim) - 1
             else:
                 action = updates.act(torch.as_tensor(env.obs, device=device)[None], updates.is_td3 and learning)[0]
-            episode = collect(env, action.cpu().numpy(), replay, args.seed)
-        if episode is not None:
-            run.episode(*episode)
+            collect(env, action.cpu().numpy(), replay, run)
         if learning:
             with run.clock("update"):
-                rows = replay.sample(args.online_batch_size - from_dataset)
-                if from_dataset > 0:  # shuffled, for utd > 1 cuts the batch into parts
-                    rows = torch.cat([rows, dataset.sample(from_dataset)])
-                    rows = rows[torch.randperm(len(rows), device=device)]
+                rows = replay.sample(args.online_batch_size - from_dataset), dataset.sample(from_dataset)
+                rows = torch.cat(rows)[torch.randperm(args.online_batch_size, device=device)]  # utd > 1 cuts it up
                 metrics = updates.online(rows, run.due(2))
             if run.due(args.log_every):
                 run.log(metrics | (updates.identity(rows[:256]) if average.fitted else {}), "q", "td_loss")

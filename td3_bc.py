@@ -25,6 +25,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -117,7 +118,9 @@ ROWS = {
     "from-scratch": dict(online_bc="drop", online_steps=1_000_000, warmup_steps=25_000, online_batch_size=256)
     | dict(offline_fraction=0.0, eval_every=5_000, eval_episodes=10),
 }
-NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "optimizer")
+ALGORITHM = "td3_bc"  # in the run folder's name and in checkpoints
+# What a checkpoint fixes for whoever goes on from it: the networks' shapes
+NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden")
 
 
 # ==== shared: from the command line to flags
@@ -140,34 +143,31 @@ def parse_flags() -> SimpleNamespace:
     else:
         row = ROWS.get(TASKS[name].domain, {}) | ROWS.get(name, {}) | {"task": name}
         if given.init_from is not None:  # it brings what its networks need, and from the same script all of pretraining
-            same = Path(__file__).stem.startswith(start["algorithm"])
+            same = start["algorithm"] == ALGORITHM
             own = [f.name for k, group in GROUPS.items() if k not in ("run", "online") for f in fields(group)]
-            dataset = ["dataset"] if name == start["task"] else []
-            row |= {k: start[k] for k in (*NETWORK_FLAGS, *dataset, *(own if same else ())) if k in start}
+            more = ["optimizer", "muon_scale", *(["dataset"] if name == start["task"] else [])]
+            row |= {k: start[k] for k in (*NETWORK_FLAGS, *more, *(own if same else ())) if k in start}
         elif given.offline_steps == 0:
             row |= ROWS.get("from-scratch", {})
     groups = [group() for group in GROUPS.values()]
     for group, f in [(g, f) for g in groups for f in fields(g) if row.get(f.name) is not None]:
-        value = Path(row[f.name]) if "Path" in str(f.type) else row[f.name]
-        setattr(group, f.name, tuple(value) if isinstance(value, list) else value)
+        setattr(group, f.name, Path(row[f.name]) if "Path" in str(f.type) else row[f.name])
     kind = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
     flags = tyro.cli(kind, default=kind(*groups), description=(__doc__ or "").split("\n\n")[0])
     args = SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
-    least = dict.fromkeys(("seed", "score_steps", "offline_steps", "online_steps", "warmup_steps"), 0)
-    for k, v in vars(args).items():  # a layer's width, a batch, an interval, ...: 1 or more, unless said above
-        whole = v if isinstance(v, tuple) else (v,) if type(v) is int else ()
-        if v == () or any(x < least.get(k, 1) for x in whole):
-            raise BadInput(f"--{k.replace('_', '-')} {v}: at least {least.get(k, 1)} is needed.")
-        most = 1 if k in ("gamma", "tau", "policy_average", "offline_fraction", "expectile") else math.inf
-        share = most == 1 or k.endswith("_lr")
-        if type(v) is float and not (math.isfinite(v) and (not share or 0 <= v <= most)):
-            needed = f"between 0 and {most}" if share else "finite"
+    shares = ("gamma", "tau", "policy_average", "offline_fraction", "expectile")
+    from_zero = ("seed", "score_steps", "offline_steps", "online_steps", "warmup_steps", "kappa", "bc_weight", *shares)
+    for k, v in vars(args).items():  # whole numbers (a layer's width, a batch, ...) are 1 or more, unless said above
+        numbers = v if isinstance(v, tuple) else (v,) if type(v) in (int, float) else ()
+        low = 0 if k in from_zero or k.endswith("_lr") else -math.inf if type(v) is float else 1
+        high = 1 if k in shares else math.inf
+        if v == () or not all(math.isfinite(x) and low <= x <= high for x in numbers):
+            needed = (
+                f"at least {low}" if high > 1 and low >= 0 else f"between {low} and {high}" if low >= 0 else "finite"
+            )
             raise BadInput(f"--{k.replace('_', '-')} {v}: a number {needed} is needed.")
-    if changed := [k for k in NETWORK_FLAGS if k != "muon_scale" and k in start and start[k] != getattr(args, k)]:
-        k = changed[0]
+    for k in [k for k in NETWORK_FLAGS if k in start and start[k] != getattr(args, k)]:
         raise BadInput(f"--{k.replace('_', '-')}: {source} was trained with {start[k]}, and cannot go on with another.")
-    if args.online_batch_size % getattr(args, "utd", 1):
-        raise BadInput("--online-batch-size must be a multiple of --utd.")
     for flag, path in dict(runs_dir=args.runs_dir, save_replay=args.save_replay and args.save_replay.parent).items():
         if path and any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
             raise BadInput(f"--{flag.replace('_', '-')}: {path} is no folder and cannot become one.")
@@ -236,7 +236,7 @@ for name, file in KITCHEN.items():
 # ==== shared: data
 def download(url: str, path: Path) -> None:
     """Fetch an HDF5 file under a temporary name, check that it is whole, then give it its name."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.part{os.getpid()}")  # runs of a sweep may fetch the same file at once
     socket.setdefaulttimeout(30)  # or a dead connection would hang for ever
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,8 @@ def download(url: str, path: Path) -> None:
         h5py.File(part).close()  # refuses what a broken connection leaves
         os.replace(part, path)
     except (OSError, HTTPException) as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise BadInput(f"Cannot download {url} ({e}): fetch it on another machine and put it at {path}.") from e
 
 
@@ -265,7 +266,9 @@ def read_dataset(task: Task, dataset: str | None) -> dict[str, np.ndarray]:
     except FileNotFoundError as e:
         raise BadInput(f"{path}: no such file. --dataset takes a D4RL-layout HDF5 file or minari:ID.") from e
     except (OSError, RuntimeError) as e:
-        again = "name another file" if dataset else "delete it, and the next run fetches it again"
+        again = (
+            "delete it, and the next run fetches it again" if task.url and not dataset else "name or restore another"
+        )
         raise BadInput(f"{path}: not a whole HDF5 file ({e}): {again}.") from e
     if missing := [k for k in required if k not in raw]:
         raise BadInput(f"{path}: {', '.join(missing)} missing; D4RL's layout has {', '.join(required)}.")
@@ -344,11 +347,10 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
             raise BadInput("A binary Adroit dataset has the reward -1 and, on success, 0; this one has not.")
     if task.domain == "kitchen":
         terminal = rewards >= 4  # the environment here ends when all four are solved, and only then
-    follows = np.zeros(n, bool)  # whether the stored next state is the following row's state
-    if "next_observations" in raw:
-        next_obs = raw["next_observations"].astype(np.float32, copy=False)
-        follows[:-1] = np.abs(next_obs[:-1] - obs[1:]).max(1) < 1e-6
-        end[:-1] |= ~follows[:-1]
+    stored = "next_observations" in raw
+    next_obs = raw["next_observations"].astype(np.float32, copy=False) if stored else np.r_[obs[1:], obs[-1:]]
+    follows = np.r_[np.abs(next_obs[:-1] - obs[1:]).max(1) < 1e-6, not stored]  # whether it is the following row's
+    end[:-1] |= ~follows[:-1]
     if "timeouts" in raw:
         end |= raw["timeouts"].reshape(n) > 0
     else:  # as D4RL does: count steps against the environment's limit
@@ -369,16 +371,11 @@ def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarr
     low, high = returns[some].min(), returns[some].max()
     w = ((returns - low) / (high - low) if high > low else np.ones_like(returns))[episode]
 
-    if "next_observations" in raw:
-        unknown = end & follows  # it is the next episode's first state, not this one's last
-    else:
-        next_obs, unknown = np.r_[obs[1:], obs[-1:]], end
+    unknown = end & follows  # it is the next episode's first state, not this one's last
     next_obs = np.where(unknown[:, None], obs, next_obs)  # of a terminal it is never used
     keep &= ~unknown | terminal
     if not keep.any():
-        raise BadInput(
-            "No row of the dataset has a next state: each is an episode of its own. Check its order and flags."
-        )
+        raise BadInput("No row has a next state: each is an episode of its own. Check the dataset's order and flags.")
     actions = raw["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
     columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, w=w)
     data = {k: v[keep].astype(np.float32, copy=False) for k, v in (columns | dict(terminals=terminal)).items()}
@@ -414,8 +411,7 @@ class Replay:
         self.added += len(rows)
 
     def sample(self, n: int) -> Tensor:
-        i = torch.randint(min(self.added, len(self.rows)), (n,), device=self.rows.device)
-        return self.rows.index_select(0, i)
+        return self.rows.index_select(0, torch.randint(min(self.added, len(self.rows)), (n,), device=self.rows.device))
 
     def state_dict(self) -> dict:
         return dict(rows=self.rows[: self.added].clone(), added=self.added)
@@ -425,9 +421,8 @@ class Replay:
 
     def write(self, path: Path, task: Task, **attributes) -> None:
         """D4RL-layout HDF5 with raw rewards. No next_observations: they are the next row's observations."""
-        s, a, r, _, terminal, cut, *_ = (
-            x.squeeze(1).cpu().numpy() for x in self.rows[: self.added].split(self.sizes, 1)
-        )
+        rows = self.rows[: self.added].cpu().split(self.sizes, 1)
+        s, a, r, _, terminal, cut, *_ = (x.squeeze(1).numpy() for x in rows)
         columns = dict(observations=s, actions=a, rewards=(r - task.bias) / task.scale)
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(path.with_name(path.name + ".part"), "w") as f:
@@ -456,11 +451,8 @@ class TaskEnv(gym.Wrapper):
     actions: loading it replays them, and the environment stands exactly where it stood."""
 
     def __init__(self, task: Task, **kwargs):
-        if task.domain != "locomotion":
-            import gymnasium_robotics
-
-            gym.register_envs(gymnasium_robotics)
-        super().__init__(gym.make(task.env_id, max_episode_steps=task.max_steps, **task.env_kwargs, **kwargs))
+        module = "" if task.domain == "locomotion" else "gymnasium_robotics:"  # gym.make imports it, and it registers
+        super().__init__(gym.make(module + task.env_id, max_episode_steps=task.max_steps, **task.env_kwargs, **kwargs))
         self.task, self.seed, self.actions = task, 0, []
 
     def reset(self, *, seed: int, options=None):
@@ -478,8 +470,9 @@ class TaskEnv(gym.Wrapper):
         if self.task.domain == "kitchen":
             reward = len(info["episode_task_completions"])
             terminated = reward >= 4
-        self.total += float(reward)
-        return self.obs, float(reward), bool(terminated), bool(truncated), info
+        self.reward = float(reward)
+        self.total += self.reward
+        return self.obs, self.reward, bool(terminated), bool(truncated), info
 
     def state_dict(self) -> dict:
         return dict(seed=self.seed, actions=self.actions)
@@ -497,18 +490,16 @@ def episode_seed(seed: int, stream: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
 
 
-def collect(env: TaskEnv, action: np.ndarray, replay: Replay, seed: int, *extra) -> tuple[float, int] | None:
-    """One environment step into the replay. At an episode's end the next one begins, and the one that ended is
-    returned: its raw return and length."""
+def collect(env: TaskEnv, action: np.ndarray, replay: Replay, run: "Run", *extra) -> bool:
+    """One environment step into the replay. At an episode's end, which is returned, the next one begins."""
     obs, task = env.obs, env.task
     next_obs, reward, terminated, truncated, _ = env.step(action)
     # easy to overlook: a time-out is no terminal, and s' is this episode's last state, not the next one's first
     replay.add(obs, action, task.scale * reward + task.bias, next_obs, terminated, truncated and not terminated, *extra)
-    if not (terminated or truncated):
-        return None
-    episode = env.total, len(env.actions)
-    env.reset(seed=episode_seed(seed, TRAINING, replay.added))
-    return episode
+    if terminated or truncated:
+        run.episode(env.total, len(env.actions))
+        env.reset(seed=episode_seed(run.args.seed, TRAINING, replay.added))
+    return terminated or truncated
 
 
 # ==== shared: evaluation
@@ -516,17 +507,14 @@ def collect(env: TaskEnv, action: np.ndarray, replay: Replay, seed: int, *extra)
 def evaluate(policy: nn.Module, envs: list[TaskEnv], seeds: list[int]) -> list[tuple[float, int, float]]:
     """(raw return, length, last reward) of one episode an environment, with the deterministic policy and one policy
     call for all that still run. Draws nothing from the training's random numbers."""
-    device = next(policy.parameters()).device
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
-    results, running = [(0.0, 0, 0.0)] * len(envs), list(range(len(envs)))
+    device, running = next(policy.parameters()).device, envs
+    for env, seed in zip(envs, seeds):
+        env.reset(seed=seed)
     while running:
-        actions = policy.mode(torch.as_tensor(obs[running], device=device)).cpu().numpy()
-        for i, action in zip(running.copy(), actions):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            results[i] = (results[i][0] + reward, results[i][1] + 1, reward)
-            if terminated or truncated:
-                running.remove(i)
-    return results
+        obs = torch.as_tensor(np.stack([env.obs for env in running]), device=device)
+        actions = policy.mode(obs).cpu().numpy()
+        running = [env for env, action in zip(running, actions) if not any(env.step(action)[2:4])]
+    return [(env.total, len(env.actions), env.reward) for env in envs]
 
 
 # ==== shared: run folder
@@ -545,7 +533,16 @@ def read_checkpoint(path: Path) -> dict:
 
 def git_commit() -> str:
     """The script's commit, with a + where files differ from it; empty outside a repository."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+",
+        "--exclude=*",
+    ]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
@@ -575,7 +572,10 @@ class Run:
         else:
             name = args.runs_dir / f"{args.task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
             self.path = next(p for i in range(10**6) if not (p := name.with_name(f"{name.name}{i or ''}")).exists())
-            self.path.mkdir(parents=True)
+            try:
+                self.path.mkdir(parents=True)
+            except OSError as e:
+                raise BadInput(f"The run folder cannot be made ({e}): name another with --runs-dir.") from e
             (self.path / "config.json").write_text(json.dumps(self.config | about, indent=1))
             (self.path / "metrics.csv").write_text("step,phase,name,value\n")
             (self.path / "evaluations.csv").write_text("step,phase,episode,return,length,score\n")
@@ -636,7 +636,7 @@ class Run:
             if ended or self.signal is not None or self.due(self.args.checkpoint_every):
                 self.save("last.pt", self.state)
             if self.signal is not None:
-                again = f"python {Path(sys.argv[0]).name} --resume {self.path}"
+                again = shlex.join(["python", sys.argv[0], "--resume", str(self.path)])
                 raise BadInput(f"Stopped after {phase} step {self.step + 1}. To go on: {again}", 128 + self.signal)
             if ended:
                 break
@@ -681,8 +681,7 @@ class Run:
         self.check_finite({k: all(p.isfinite().all() for p in m.parameters()) for k, m in modules.items()})
         state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
         state |= dict(position=self.position, evaluations=self.evaluations)
-        tables = [p for k in ("metrics", "evaluations", "episodes") if (p := self.path / f"{k}.csv").exists()]
-        state["sizes"] = {p.name: p.stat().st_size for p in tables}
+        state["sizes"] = {p.name: p.stat().st_size for p in self.path.glob("*.csv")}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         torch.save(state | {k: v.state_dict() for k, v in parts.items()}, whole := io.BytesIO())
@@ -723,23 +722,20 @@ class Run:
         """The last evaluation, curve.png, the run in a few lines, and what --save-replay and --capture-video ask for.
         Early: the first fifth of the online steps after the warm start. Regret: the mean over the online evaluations of
         the run's best score minus theirs."""
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
 
         self.evaluate("final", self.total, policy, [TaskEnv(self.task) for _ in range(self.args.final_episodes)], FINAL)
-        plt.switch_backend("Agg")
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        lines, start = {}, 0
+        axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+        lines, handover = {}, self.position.get("offline", 0)
         if self.data is not None:
             lines["dataset, mean episode"] = mean = float(self.data["scores"].mean())
             axes.axhline(mean, color="gray", linestyle=":", label="dataset, mean episode")
-        for phase in ("offline", "online"):
-            curve = [(start + step, score) for p, step, score in self.evaluations if p == phase]
-            if curve:
+        for phase, start in dict(offline=0, online=handover).items():
+            if curve := [(start + step, score) for p, step, score in self.evaluations if p == phase]:
                 axes.plot(*zip(*curve), ".-", label=phase)
-                if start > 0:
-                    axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="hand-over")
-                start = curve[-1][0]
         if online := [(step, score) for phase, step, score in self.evaluations if phase == "online"]:
+            if handover > 0:
+                axes.axvline(handover, color="black", linewidth=0.8, linestyle="--", label="hand-over")
             scores, warm = [score for _, score in online], self.args.warmup_steps
             early = [score for step, score in online if step <= warm + 0.2 * (self.args.online_steps - warm)]
             lines |= {"at transfer": scores[0], "worst early online": min(early), "last": scores[-1]}
@@ -749,8 +745,7 @@ class Run:
         axes.grid(alpha=0.3)
         axes.legend()
         with self.writing("curve.png") as path:
-            figure.savefig(path, dpi=150)
-        plt.close(figure)
+            axes.figure.savefig(path, dpi=150)
         print("\n".join(f"  {name:<32}{x:8.1f}" for name, x in lines.items()))
         if self.args.save_replay is not None:
             about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=self.args.seed)
@@ -758,9 +753,9 @@ class Run:
                 replay.write(path, self.task, **about, env_id=self.task.env_id)
         if self.args.capture_video:
             camera = TaskEnv(self.task, render_mode="rgb_array")
-            video = gym.wrappers.RecordVideo(camera, f"{self.path}/video", lambda episode: True)
-            evaluate(policy, [video], [episode_seed(self.args.seed, FINAL, 0)])
-            video.close()
+            camera.env = gym.wrappers.RecordVideo(camera.env, f"{self.path}/video", lambda episode: True)
+            evaluate(policy, [camera], [episode_seed(self.args.seed, FINAL, 0)])
+            camera.close()
 
 
 # ==== shared: set-up
@@ -1005,7 +1000,7 @@ def main() -> None:
                 part.load_state_dict(start[name])
         except (KeyError, RuntimeError, ValueError) as e:
             raise BadInput(f"{args.init_from} does not fit the task or the flags ({e}).") from e
-    run = Run(args, "td3_bc", inputs, networks, dict(replay=replay, env=env))
+    run = Run(args, ALGORITHM, inputs, networks, dict(replay=replay, env=env))
     set_learning_rates(optimizers, args)  # those of the flags, not those of a checkpoint
     bc_weight = torch.ones((), device=device)
 
@@ -1033,9 +1028,7 @@ def main() -> None:
                 action = 2 * torch.rand(act_dim) - 1
             else:
                 action = updates.act(torch.as_tensor(env.obs, device=device)[None])[0]
-            episode = collect(env, action.cpu().numpy(), replay, args.seed)
-        if episode is not None:
-            run.episode(*episode)
+            collect(env, action.cpu().numpy(), replay, run)
         if updated >= 0:
             with run.clock("update"):
                 left = 1 - updated / (args.online_steps - args.warmup_steps)

@@ -387,11 +387,11 @@ def test_updates_wait_for_the_trajectorys_end_and_are_as_many_as_its_steps(datas
         return update(self, rows)
 
     monkeypatch.setattr(cal_ql.Updates, "update", counted)
-    folder = run_here(*flags(dataset, tmp_path), "--init-from", finished / "offline.pt", "--utd", 2)
+    folder = run_here(*flags(dataset, tmp_path), "--init-from", finished / "offline.pt", "--utd", 3)
     rows = load(folder / "last.pt")["replay"]["rows"]
     last, expected = 0, []
     for step, end in enumerate(rows[:, -3:-1].any(1).tolist(), 1):
-        expected.append(2 * max(0, step - max(last, 30)) * end)  # none for the 30 steps of the warm start
+        expected.append(3 * max(0, step - max(last, 30)) * end)  # none for the 30 steps of the warm start
         last = step if end else last
     assert sum(x > 0 for x in expected) >= 3 and last > 60
     assert counts[1:] == expected  # the first one is the dataset

@@ -3,8 +3,10 @@
 import dataclasses
 import http.server
 import threading
+from unittest import mock
 
 import pytest
+import torch
 from helpers import hopper_file
 
 import smac_offline_to_online as smac
@@ -79,6 +81,26 @@ def test_a_file_from_before_outlives_a_failed_download(serve, tmp_path):
     with pytest.raises(smac.BadInput):
         smac.download(serve(b"", length=10), path)
     assert path.read_bytes() == b"before"
+
+
+def test_two_runs_that_fetch_at_once_do_not_disturb_each_other(serve, body, tmp_path, monkeypatch):
+    fetch, url, path = torch.hub.download_url_to_file, serve(body), tmp_path / "a.hdf5"
+
+    def overtaken(*given):
+        fetch(*given)
+        monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+        with mock.patch("os.getpid", return_value=1):  # another run begins later and ends first
+            smac.download(url, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", overtaken)
+    smac.download(url, path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == body
+
+
+def test_a_file_in_place_of_the_dataset_folder_is_refused(serve, body, tmp_path):
+    (tmp_path / "datasets").write_text("")
+    with pytest.raises(smac.BadInput, match="Cannot download"):
+        smac.download(serve(body), tmp_path / "datasets" / "a.hdf5")
 
 
 def test_a_task_without_a_file_fetches_its_own(serve, body, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -127,6 +128,12 @@ def test_impossible_numbers_are_refused(tmp_path, flags):
 def test_episodes_of_one_row_leave_nothing_to_learn_from(tmp_path):
     path = write_hdf5(tmp_path / "a.hdf5", GOOD | dict(timeouts=np.ones(N), terminals=np.zeros(N)))
     assert "next state" in refused(tmp_path / "runs", "--dataset", path)
+
+
+def test_a_runs_folder_that_cannot_be_made_is_refused(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(Path, "mkdir", mock.Mock(side_effect=PermissionError("no permission")))
+    with pytest.raises(smac.BadInput, match="no permission.*--runs-dir"):
+        run_here(*TINY, "--dataset", dataset, "--runs-dir", tmp_path / "runs")
 
 
 def test_a_file_in_place_of_the_runs_folder_is_refused(tmp_path):

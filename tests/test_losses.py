@@ -82,7 +82,7 @@ def updates(q_target, log_prob=0.0, log_temperature=0.0, mode=0.0, **flags):
 
 def test_td_target_bootstraps_unless_terminal():
     r, s_next, terminal = tensor([[1.0], [1.0]]), torch.zeros(2, 1), tensor([[0.0], [1.0]])
-    y = updates([3.0, 2.0]).td_target(r, s_next, terminal, False)
+    y = updates([3.0, 2.0]).td_target(r, s_next, terminal, "sac")
     torch.testing.assert_close(y, tensor([1 + 0.9 * 2, 1.0]))
 
 
@@ -90,14 +90,15 @@ def test_td_target_has_an_entropy_bonus_only_with_the_flag():
     row = tensor([[1.0]]), torch.zeros(1, 1), tensor([[0.0]])
     known = dict(log_prob=-3.0, log_temperature=math.log(0.5))
     plain, bonus = updates([2.0, 2.0], **known), updates([2.0, 2.0], **known, backup_entropy=True)
-    assert plain.td_target(*row, False).item() == pytest.approx(1 + 0.9 * 2)
-    assert bonus.td_target(*row, False).item() == pytest.approx(1 + 0.9 * (2 + 0.5 * 3))
-    assert bonus.td_target(*row, True).item() == pytest.approx(1 + 0.9 * 2)  # TD3 has no entropy
+    assert plain.td_target(*row, "sac").item() == pytest.approx(1 + 0.9 * 2)
+    assert bonus.td_target(*row, "sac").item() == pytest.approx(1 + 0.9 * (2 + 0.5 * 3))
+    assert bonus.td_target(*row, "td3").item() == pytest.approx(1 + 0.9 * 2)  # TD3 has no entropy
+    assert bonus.td_target(*row, "smac").item() == pytest.approx(1 + 0.9 * 2)  # nor has pretraining
 
 
 def test_td_target_takes_the_minimum_over_two_members_drawn_anew():
     u, row = updates([1.0, 2.0, 3.0], gamma=1.0), (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
-    drawn = [u.td_target(*row, False).item() for _ in range(300)]
+    drawn = [u.td_target(*row, "sac").item() for _ in range(300)]
     assert set(drawn) == {1.0, 2.0}
     assert 0.55 < drawn.count(1.0) / 300 < 0.78  # two of the three pairs hold member 1
 
@@ -108,8 +109,8 @@ def test_td3_target_action_has_clipped_noise_within_bounds():
     def q_is_action(a):
         return a.squeeze(1).expand(2, -1)
 
-    middle = updates(q_is_action, gamma=1.0).td_target(*row, True)
-    edge = updates(q_is_action, mode=0.9, gamma=1.0).td_target(*row, True)
+    middle = updates(q_is_action, gamma=1.0).td_target(*row, "td3")
+    edge = updates(q_is_action, mode=0.9, gamma=1.0).td_target(*row, "td3")
     assert middle.abs().max() <= 0.5 and middle.std().item() == pytest.approx(0.2, abs=0.02)
     assert edge.max() == 1.0 and edge.min() >= 0.4 - 1e-6
 

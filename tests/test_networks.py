@@ -291,8 +291,8 @@ def test_the_average_of_policies_follows_and_the_policy_itself_acts():
     agent.policy.head.bias.data[:ACT] = -9.0
     agent.policy.head.bias.data[ACT:] = -9.0
     s = rows.split(updates.sizes, 1)[0]
-    assert (updates.act(s, explore=False) < -0.9).all()
-    noisy = updates.act(s, explore=True)
+    assert (updates.act(s, td3=False) < -0.9).all()
+    noisy = updates.act(s, td3=True)
     assert (noisy < -0.4).all() and noisy.std() > 0.01
 
 

@@ -10,6 +10,7 @@ import h5py
 import pytest
 import torch
 from helpers import ROOT, SCRIPT, TINY, load, only_run, parse, rows_of, run_here, same
+from matplotlib.axes import Axes
 
 import smac_offline_to_online as smac
 
@@ -160,6 +161,18 @@ def test_networks_of_another_script_go_online_too(reference, dataset, tmp_path):
     start = ["--init-from", tmp_path / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path / "runs"]
     folder = run_here(*TINY, *start)
     assert evaluations(folder, "online", 0) == evaluations(reference, "offline", 50)
+    assert parse(*start, "--optimizer", "adam").optimizer == "adam"  # its optimisers are fresh in any case
+
+
+def test_the_curve_hands_over_where_pretraining_ended(dataset, tmp_path, monkeypatch):
+    """Not at its last evaluation: here there is none after the first."""
+    drawn, lines = [], []
+    plot, axvline = Axes.plot, Axes.axvline
+    monkeypatch.setattr(Axes, "plot", lambda self, x, *rest, **kw: (drawn.append(x), plot(self, x, *rest, **kw))[1])
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **kw: (lines.append(x), axvline(self, x, **kw))[1])
+    steps = ["--score-steps", 1, "--offline-steps", 4, "--online-steps", 20, "--warmup-steps", 15, "--eval-every", 10]
+    run_here(*TINY, *steps, "--dataset", dataset, "--runs-dir", tmp_path)
+    assert lines == [4] and drawn == [(0,), (4, 14, 24)]
 
 
 def test_from_scratch_needs_no_dataset(tmp_path):
