@@ -759,6 +759,14 @@ class Run:
 
 
 # ==== shared: set-up
+def float32_products(device: torch.device) -> str:
+    """The precision to ask of torch: "medium" has oneDNN multiply float32 matrices and not MKL, which on AMD leaves
+    half of AVX-512 unused (docs/speed.md). The numbers stay float32: only AMX units would make them bfloat16, and with
+    these, as on a GPU, the default stays."""
+    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not torch.cpu._is_amx_tile_supported()
+    return "medium" if device.type == "cpu" and avx512 else "highest"
+
+
 def set_up(args: SimpleNamespace, extra: int = 0) -> SimpleNamespace:
     """Task, device, environments, dataset. What can be wrong with the input shows here, before a run folder exists.
     `dataset` (a Replay) and `data` (to_transitions) are None where the online algorithm starts from scratch."""
@@ -778,6 +786,7 @@ def set_up(args: SimpleNamespace, extra: int = 0) -> SimpleNamespace:
         except Exception as e:  # whatever the machine's graphics raise
             raise BadInput(f"--capture-video: nothing can be drawn here ({e}); try MUJOCO_GL=egl or osmesa.") from e
     torch.set_num_threads(args.torch_threads)
+    torch.set_float32_matmul_precision(float32_products(device))
     torch.manual_seed(args.seed)
     env, *eval_envs = (TaskEnv(task) for _ in range(1 + args.eval_episodes))
     (obs_dim,), (act_dim,) = env.reset(seed=episode_seed(args.seed, TRAINING, 0))[0].shape, env.action_space.shape

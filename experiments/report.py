@@ -306,30 +306,34 @@ def save(figure, path: Path, handles: list) -> None:
 
 
 def curves_figure(runs: list[Run], path: Path) -> None:
-    """The learning curves of one task, a panel for each online algorithm."""
-    online = sorted({run.key[2] for run in runs})
-    names = sorted({(run.key[1], run.key[3]) for run in runs})
+    """The learning curves of one task, a panel for each online algorithm; where each of several methods has variants,
+    a panel for each pair."""
+    split = len({run.key[1] for run in runs}) > 1 and len({run.key[3] for run in runs}) > 1
+    panel = {run: (run.key[2], run.key[1] if split else "") for run in runs}
+    line = {run: run.key[3] if split else ", ".join(filter(None, (run.key[1], run.key[3]))) for run in runs}
+    names = sorted(set(line.values()))
     colors = dict(zip(names, plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors * len(names)))
     title = f"{runs[0].key[0]}: mean and 95 % interval over seeds"
-    figure, grid = panels(len(online), "D4RL score", title)
-    for axes, algorithm in zip(grid, online):
-        axes.set_title("pretraining only" if algorithm == "none" else f"online {algorithm}")
-        here = [run for run in runs if run.key[2] == algorithm]
-        if algorithm != "none":
+    figure, grid = panels(len(set(panel.values())), "D4RL score", title)
+    for axes, (online, offline) in zip(grid, sorted(set(panel.values()))):
+        what = "pretraining only" if online == "none" else f"online {online}"
+        axes.set_title(f"{offline}, {what}" if split else what)
+        here = [run for run in runs if panel[run] == (online, offline)]
+        if online != "none":
             axes.axvspan(0, max(run.config["warmup_steps"] for run in here), color="gray", alpha=0.15, linewidth=0)
         for name, color in colors.items():
-            group = [run for run in here if (run.key[1], run.key[3]) == name]
-            if offline := [run.curve("offline") for run in group if run.curve("offline")]:
-                band(axes, offline, -max(max(curve) for curve in offline), color)
+            group = [run for run in here if line[run] == name]
+            if before := [run.curve("offline") for run in group if run.curve("offline")]:
+                band(axes, before, -max(max(curve) for curve in before), color)
             if group:
                 band(axes, [run.curve("online") for run in group], 0, color)
-    seeds = Counter((run.key[1], run.key[3], run.key[2]) for run in runs)
+    seeds = Counter((line[run], panel[run]) for run in runs)
     handles = []
     for name, color in colors.items():
-        n = sorted({count for key, count in seeds.items() if key[:2] == name})
-        label = f"{', '.join(filter(None, name))} ({' or '.join(map(str, n))} seeds)"
+        n = sorted({count for key, count in seeds.items() if key[0] == name})
+        label = f"{name} ({' or '.join(map(str, n))} seeds)"
         handles.append(plt.Line2D([], [], color=color, marker=".", label=label))
-    if online != ["none"]:
+    if any(online != "none" for online, _ in panel.values()):
         handles.append(plt.Rectangle((0, 0), 1, 1, color="gray", alpha=0.15, label="warm start"))
     save(figure, path, handles)
 

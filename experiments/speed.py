@@ -9,7 +9,8 @@ Batch 256, two critics, hidden layers 256 x 256, 11 observations, 3 actions, flo
 take turns, some updates each, for several rounds. A rate is the median over rounds, a ratio the median of each round's
 own ratios, so that a machine that slows down for a while does it to both. GFLOP are the eager step's matrix products,
 as torch counts them; `share` compares their rate with the product of two 256 x 256 matrices, which takes turns with the
-rest. Peers that are not installed are left out (requirements-peers.txt). Writes docs/results/speed.csv.
+rest. Ours multiply as the scripts do (`float32_products`), peers and the naive update as torch does unasked. Peers that
+are not installed are left out (requirements-peers.txt). Writes docs/results/speed.csv.
 """
 
 import contextlib
@@ -258,11 +259,15 @@ PEERS = {  # distribution, and the step
 
 # ==== measuring
 def take_turns(steps: dict, args: Args) -> dict:
-    """{key: seconds a call, one for each round} of every step; the turns of a round follow each other."""
+    """{key: seconds a call, one for each round} of every step; the turns of a round follow each other. "peer" or
+    "naive" at the end of a key: with torch's default products, not with the scripts' own."""
     clock = time.thread_time if args.clock == "cpu" else time.perf_counter
     wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
+    ours = smac.float32_products(torch.device(args.device))
 
-    def seconds(step, n: int) -> float:
+    def seconds(key: tuple, n: int) -> float:
+        step, theirs = steps[key], any(word in key[-1] for word in ("peer", "naive"))
+        torch.set_float32_matmul_precision("highest" if theirs else ours)
         wait()
         start = clock()
         for _ in range(n):
@@ -272,10 +277,10 @@ def take_turns(steps: dict, args: Args) -> dict:
 
     rounds, share = (5, 0.3) if args.quick else (11, 1.0)
     n = {}
-    for key, step in steps.items():
-        seconds(step, 2)  # memory, algorithms, graphs: both of TD3's kinds of update
-        n[key] = 2 * max(1, round(share / seconds(step, 2) / 2))  # even, for the same reason
-    turns = [{key: seconds(step, n[key]) for key, step in steps.items()} for _ in range(rounds)]
+    for key in steps:
+        seconds(key, 2)  # memory, algorithms, graphs: both of TD3's kinds of update
+        n[key] = 2 * max(1, round(share / seconds(key, 2) / 2))  # even, for the same reason
+    turns = [{key: seconds(key, n[key]) for key in steps} for _ in range(rounds)]
     return {key: [turn[key] for turn in turns] for key in steps}
 
 

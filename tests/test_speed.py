@@ -88,6 +88,33 @@ def test_sampling_is_one_gather(row):
     assert read - {"aten::select", "aten::as_strided"} == {"aten::index_select"}  # those two are views
 
 
+# ---- float32 products
+def test_products_stay_float32_whoever_multiplies():
+    x, y = torch.randn(256, 256), torch.randn(256, 256)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(smac.float32_products(x.device))
+        error = ((x @ y).double() - x.double() @ y.double()).abs().max()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert error < 1e-3  # bfloat16's is near 0.3
+
+
+@pytest.mark.parametrize(
+    "device, capability, amx, precision",
+    [
+        ("cpu", "AVX512", False, "medium"),
+        ("cpu", "AVX512", True, "highest"),
+        ("cpu", "AVX2", False, "highest"),
+        ("cuda", "AVX512", False, "highest"),
+    ],
+)
+def test_onednn_multiplies_where_it_keeps_float32_and_avx512_is_there(monkeypatch, device, capability, amx, precision):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert smac.float32_products(torch.device(device)) == precision
+
+
 # ---- the naive reference
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_naive_smac_has_the_same_losses_and_gradients(activation, float32):

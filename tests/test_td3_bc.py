@@ -433,7 +433,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, dataset, tmp_path, mo
         assert position == (dict(offline=20) if call == 37 else dict(offline=50, online=40))
     else:  # not one step lost
         assert position == (dict(offline=37) if call == 37 else dict(offline=50, online=20 + 24))
-        assert stop.value.code == 143 and f"python td3_bc.py --resume {folder}" in str(stop.value)
+        assert stop.value.code == 143 and f"td3_bc.py --resume {folder}" in str(stop.value)
     run_here("--resume", folder)
     ours, theirs = outcome(folder), outcome(run)
     assert ours["metrics"] == theirs["metrics"] and ours["evaluations"] == theirs["evaluations"]
