@@ -8,8 +8,11 @@ import pytest
 import torch
 from helpers import TINY, hopper_file, run_here
 
+from smac_offline_to_online import float32_products
+
 matplotlib.use("Agg")
 torch.set_num_threads(1)
+torch.set_float32_matmul_precision(float32_products(torch.device("cpu")))  # as any run in this process would
 
 
 @pytest.fixture(autouse=True)
