@@ -166,9 +166,7 @@ def parse_flags() -> SimpleNamespace:
         low = 0 if k in from_zero or k.endswith("_lr") else -math.inf if type(v) is float else 1
         high = 1 if k in shares else math.inf
         if v == () or not all(math.isfinite(x) and low <= x <= high for x in numbers):
-            needed = (
-                f"at least {low}" if high > 1 and low >= 0 else f"between {low} and {high}" if low >= 0 else "finite"
-            )
+            needed = "finite" if low < 0 else f"at least {low}" if high > 1 else f"between {low} and {high}"
             raise BadInput(f"--{k.replace('_', '-')} {v}: a number {needed} is needed.")
     for k in [k for k in NETWORK_FLAGS if k in start and start[k] != getattr(args, k)]:
         raise BadInput(f"--{k.replace('_', '-')}: {source} was trained with {start[k]}, and cannot go on with another.")
@@ -270,9 +268,8 @@ def read_dataset(task: Task, dataset: str | None) -> dict[str, np.ndarray]:
     except FileNotFoundError as e:
         raise BadInput(f"{path}: no such file. --dataset takes a D4RL-layout HDF5 file or minari:ID.") from e
     except (OSError, RuntimeError) as e:
-        again = (
-            "delete it, and the next run fetches it again" if task.url and not dataset else "name or restore another"
-        )
+        fetched = task.url and not dataset
+        again = "delete it, and the next run fetches it again" if fetched else "restore it or name another"
         raise BadInput(f"{path}: not a whole HDF5 file ({e}): {again}.") from e
     if missing := [k for k in required if k not in raw]:
         raise BadInput(f"{path}: {', '.join(missing)} missing; D4RL's layout has {', '.join(required)}.")
