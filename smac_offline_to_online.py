@@ -561,16 +561,8 @@ def read_checkpoint(path: Path) -> dict:
 
 def git_commit() -> str:
     """The script's commit, with a + where files differ from it; empty outside a repository."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).resolve().parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+",
-        "--exclude=*",
-    ]
+    describe = "describe --always --abbrev=40 --dirty=+ --exclude=*".split()
+    git = ["git", "-C", str(Path(__file__).resolve().parent), *describe]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
@@ -709,7 +701,8 @@ class Run:
         self.check_finite({k: all(p.isfinite().all() for p in m.parameters()) for k, m in modules.items()})
         state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
         state |= dict(position=self.position, evaluations=self.evaluations)
-        state["sizes"] = {p.name: p.stat().st_size for p in self.path.glob("*.csv")}
+        tables = [p for k in ("metrics", "evaluations", "episodes") if (p := self.path / f"{k}.csv").exists()]
+        state["sizes"] = {p.name: p.stat().st_size for p in tables}  # not of other files that a user keeps there
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         torch.save(state | {k: v.state_dict() for k, v in parts.items()}, whole := io.BytesIO())
@@ -1090,7 +1083,8 @@ class Updates:
 
     @torch.no_grad()
     def td_target(self, r: Tensor, s_next: Tensor, terminal: Tensor, algorithm: str) -> Tensor:
-        """y = r + gamma (1 - terminal) min_i Q'_i(s', a') over two random members (REDQ), (B,)."""
+        """y = r + gamma (1 - terminal) min_i Q'_i(s', a') over two random members (REDQ), (B,). `algorithm`: "smac"
+        offline, else --online-algorithm."""
         agent, args = self.agent, self.args
         if algorithm.startswith("td3"):  # target policy smoothing (arXiv 1802.09477)
             a_next = agent.policy_target.mode(s_next)

@@ -145,10 +145,13 @@ def test_every_collected_episode_is_kept(reference):
 
 def test_a_resumed_runs_configuration_says_so(reference, tmp_path):
     folder = shutil.copytree(reference, tmp_path / "run")
+    (folder / "notes.csv").write_text("a user's own")
     run_here("--resume", folder, "--online-steps", 85, "--critic-lr", 1e-4, "--save-replay", tmp_path / "replay.hdf5")
     before, after = (json.loads((path / "config.json").read_text()) for path in (reference, folder))
     assert (after["online_steps"], after["critic_lr"]) == (85, 1e-4) and after["command"] == before["command"]
     assert "--resume" in after["resumed"][0]["command"]
+    tables = load(folder / "last.pt")["sizes"].keys()  # what a resume cuts off at the checkpoint: nobody else's files
+    assert tables == {"metrics.csv", "evaluations.csv", "episodes.csv"}
 
 
 def test_networks_of_another_script_go_online_too(reference, dataset, tmp_path):
