@@ -1,15 +1,16 @@
-"""Muon: momentum, orthogonalised, for matrices; Adam for everything else. One optimiser, one process.
+"""Muon: momentum, orthogonalised, for matrices; Adam for all else. One optimiser, one process.
 
     optimizer = Muon(hidden_matrices, other_parameters, lr=3e-4)
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Bernstein & Newhouse 2024) replaces the momentum of
-a weight matrix by the nearest matrix whose singular values are all about 1. Use it for the hidden matrices of a network
-and keep input layers, output heads, biases and scalars on Adam. A stack of matrices (N, out, in), such as the hidden
-layer of a critic ensemble, is treated as N separate matrices, and all matrices of one shape are orthogonalised in one
-batched product.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Bernstein & Newhouse 2024)
+replaces the momentum of a weight matrix by the nearest matrix whose singular values are all about
+1. Use it for the hidden matrices of a network and keep input layers, output heads, biases and
+scalars on Adam. A stack of matrices (N, out, in), such as the hidden layer of a critic ensemble, is
+treated as N separate matrices. All matrices of one shape take one batched product.
 
-What differs from the reference code (KellerJordan/Muon): gradients are left as they were, a parameter without a
-gradient does not move, float32 is used where bfloat16 would be slow, and `POLYNOMIAL` takes three steps, not five.
+What differs from the reference code (KellerJordan/Muon): gradients are left as they were, a
+parameter without a gradient does not move, float32 is used where bfloat16 would be slow, and
+`POLYNOMIAL` takes three steps, not five.
 """
 
 from collections import defaultdict
@@ -18,28 +19,30 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam  # the function behind torch.optim.Adam
 
-# Keller Jordan's quintic, five times, after a division by the Frobenius norm: the reference, and torch.optim.Muon's.
+# Keller Jordan's quintic, five times, after a division by the Frobenius norm: the reference, and
+# torch.optim.Muon's.
 KELLER = ((3.4445, -4.7750, 2.0315),) * 5
-# Three odd quintics, each the best approximation of 1 on the interval that the one before leaves (Polar Express, Amsel
-# et al. 2025, arXiv 2505.16932), computed for singular values in [0.01, 1] by linear programming. They follow a
-# division by the Schatten-4 norm, which bounds the largest singular value about 3 times tighter than the Frobenius norm
-# and costs nothing: it comes from X X^T, which the first quintic needs. Three steps do what Jordan's five do
-# (docs/smac.md).
+# Three odd quintics, each the best approximation of 1 on the interval that the one before leaves
+# (Polar Express, Amsel et al. 2025, arXiv 2505.16932), computed for singular values in [0.01, 1] by
+# linear programming. They follow a division by the Schatten-4 norm, which bounds the largest
+# singular value about 3 times tighter than the Frobenius norm and costs nothing: it comes from X
+# X^T, which the first quintic needs. Three steps do what Jordan's five do (docs/smac.md).
 POLYNOMIAL = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
 @torch.compiler.assume_constant_result
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 matrices faster than float32 (a CPU without such units: 30 times slower)."""
+    """Whether `device` multiplies bfloat16 matrices faster than float32 ones. A CPU without units
+    for it is 30 times slower."""
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def orthogonalize(G: Tensor, polynomial: tuple = POLYNOMIAL) -> Tensor:
-    """Move the singular values of each matrix in G (..., out, in) towards 1 and keep its singular vectors.
+    """Move the singular values of each matrix in G (..., out, in) towards 1, keep its vectors.
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X for each (a, b, c) of `polynomial`, on the shorter side of the matrix.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X for each (a, b, c) of `polynomial`, on the shorter side.
     """
     X = G.to(torch.bfloat16) if bf16_is_fast(G.device) else G
     tall = X.size(-2) > X.size(-1)
@@ -47,9 +50,10 @@ def orthogonalize(G: Tensor, polynomial: tuple = POLYNOMIAL) -> Tensor:
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for step, (a, b, c) in enumerate(polynomial):
         A = X @ X.mT
-        if step == 0 and polynomial is not KELLER:  # the largest singular value is at most ||X X^T||_F^(1/2)
-            # 2 % more: of a matrix of rank one it is exactly that, and bfloat16 rounds by 0.4 %. Above 1 the quintics
-            # are steep: they make 9.7 of 1.002.
+        if step == 0 and polynomial is not KELLER:
+            # The largest singular value is at most ||X X^T||_F^(1/2). 2 % more: of a matrix of rank
+            # one it is exactly that, and bfloat16 rounds by 0.4 %. Above 1 the quintics are steep:
+            # they make 9.7 of 1.002.
             square = 1.02 * A.norm(dim=(-2, -1), keepdim=True) + 1e-7
             A, X = A / square, X / square.sqrt()
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
@@ -60,11 +64,12 @@ def orthogonalize(G: Tensor, polynomial: tuple = POLYNOMIAL) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for `matrices`, Adam for `others`.
 
-    matrices: parameters of shape (out, in) or (N, out, in), in the orientation in which they multiply column vectors.
-    others: parameters of any shape. Both take the learning rate `lr`, a tensor in each group: change it by fill_.
-    scale: "rms" multiplies the orthogonal update by 0.2 sqrt(max(out, in)), so that its entries are as large as Adam's
-        (Moonlight, arXiv 2502.16982) and Adam's learning rates carry over; "spectral": by sqrt(max(1, out / in)).
-    momentum: 0.95, Nesterov (Jordan). betas, eps: torch.optim.Adam's. No weight decay: neither SMAC nor SAC uses it.
+    matrices: parameters of shape (out, in) or (N, out, in), as they multiply column vectors.
+    others: parameters of any shape. Both take the rate `lr`, a tensor in each group: use fill_.
+    scale: "rms" multiplies the orthogonal update by 0.2 sqrt(max(out, in)): its entries are as
+        large as Adam's (Moonlight, arXiv 2502.16982), and Adam's rates carry over.
+        "spectral" multiplies it by sqrt(max(1, out / in)) (Jordan).
+    momentum: 0.95, Nesterov (Jordan). betas, eps: torch.optim.Adam's. No weight decay, as SMAC.
     """
 
     def __init__(
@@ -82,15 +87,17 @@ class Muon(torch.optim.Optimizer):
         for p in matrices:
             if p.dim() not in (2, 3):
                 raise ValueError(
-                    f"Muon takes (out, in) or (N, out, in), not {tuple(p.shape)}: pass it as one of others."
+                    f"Muon takes (out, in) or (N, out, in), not {tuple(p.shape)}: that is for others."
                 )
         if scale not in ("rms", "spectral"):
             raise ValueError(f'scale is "rms" or "spectral", not {scale!r}.')
         groups = [{"params": matrices, "muon": True}] if matrices else []
-        groups += [{"params": others, "muon": False, "fused": True}] if others else []  # fused: step is on its device
+        # fused: torch then keeps `step` on its device
+        groups += [{"params": others, "muon": False, "fused": True}] if others else []
         self.polynomial = polynomial
         super().__init__(groups, dict(lr=lr, momentum=momentum, scale=scale, betas=betas, eps=eps))
-        # The whole state exists from the start: a checkpoint always has the same keys, and CUDA graphs fixed addresses.
+        # The whole state exists from the start: a checkpoint always has the same keys, and CUDA
+        # graphs fixed addresses.
         for group in self.param_groups:
             # a tensor, not a number: torch.compile would compile anew for each number
             group["lr"] = torch.tensor(float(lr), device=group["params"][0].device)
@@ -99,25 +106,29 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 else:
                     self.state[p]["step"] = torch.zeros((), device=p.device)
-                    self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        for group in self.param_groups:  # torch moves the state to the parameters' device, but not this
+        for group in self.param_groups:  # torch moves the state to its device, but not this
             group["lr"] = group["lr"].to(group["params"][0].device)
 
     @torch.no_grad()
     def step(self) -> None:
-        compiling = torch.compiler.is_compiling()  # torch.compile does not trace the fused kernel, it fuses by itself
+        # torch.compile does not trace the fused kernel, it fuses by itself
+        compiling = torch.compiler.is_compiling()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params and group["muon"]:
                 self._muon_step(params, group)
             elif params:
                 states = [self.state[p] for p in params]
+                # on a CPU the fused kernel overlooks strides
+                grads = [p.grad.contiguous() for p in params]
                 adam(
                     params,
-                    [p.grad.contiguous() for p in params],  # on a CPU the fused kernel overlooks strides
+                    grads,
                     [s["exp_avg"] for s in states],
                     [s["exp_avg_sq"] for s in states],
                     [],
@@ -137,7 +148,8 @@ class Muon(torch.optim.Optimizer):
     def _muon_step(self, params: list[Tensor], group: dict) -> None:
         grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])  # out of place: the gradients stay readable
+        # out of place: the gradients stay readable
+        nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
         same_shape = defaultdict(list)
         for p, u in zip(params, nesterov):
             same_shape[p.shape[-2:]].append((p, u.reshape(-1, *p.shape[-2:])))

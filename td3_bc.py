@@ -1,43 +1,46 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]>=1.1", "gymnasium-robotics>=1.4", "mujoco>=3.3,<3.11",
-#     "tyro>=1.0", "numpy>=2.0", "h5py>=3.11", "minari>=0.5.3", "tqdm>=4.66", "tensorboard>=2.17", "matplotlib>=3.9"]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]>=1.1", "gymnasium-robotics>=1.4",
+#     "mujoco>=3.3,<3.11", "tyro>=1.0", "numpy>=2.0", "h5py>=3.11", "tqdm>=4.66",
+#     "tensorboard>=2.17", "matplotlib>=3.9"]
 # ///
-"""TD3+BC (arXiv 2106.06860), offline on a fixed dataset, then online: TD3 whose policy also imitates the batch.
+"""TD3+BC (arXiv 2106.06860), offline and then online, in one file.
 
-    python td3_bc.py                                                     # embedded Hopper data, CPU
-    python td3_bc.py --task walker2d-medium-replay-v2 --online-bc drop
-    python td3_bc.py --resume runs/hopper-embedded__td3_bc__0__20260101-120000
-    python td3_bc.py --task door-binary-v0 --help                        # the flags with that task's defaults
+    python td3_bc.py                                                       # small Hopper dataset
+    python td3_bc.py --dataset data/mine.hdf5 --help                       # with its defaults
+    python smac_offline_to_online.py --init-from runs/NAME/offline.pt      # on with SAC, TD3, ...
 
-Two phases, in the order of this file, with the same update: (1) on the dataset; (2) on half dataset, half of what the
-policy collects with Gaussian noise. The loss is the authors' (sfujim/TD3_BC); deviations, with reasons, are in
-docs/td3_bc.md: orthogonal initialisation instead of torch's, as many offline updates as SMAC does, and the online
-phase, which the paper does not have.
+TD3 (arXiv 1802.09477) whose policy also imitates the batch's actions. With the smoothed target
+action a' = clip(pi'(s') + clip(0.2 xi, -0.5, 0.5), -1, 1) and xi ~ N(0, 1):
+
+    L_Q  = sum_i E (Q_i(s, a) - r - gamma min_j Q'_j(s', a'))^2
+    L_pi = E [-lambda Q_1(s, pi(s)) + (pi(s) - a)^2],  lambda = alpha / E |Q_1(s, pi(s))|
+
+1. offline: both on batches of the dataset. Policy and targets move at every second update.
+2. online:  the same, with half of the batch from what the policy collects with noise. The paper
+            has no such phase: --online-bc says whether the policy goes on imitating.
+
+Other than in the authors' code (sfujim/TD3_BC), layers start orthogonal and the offline phase is
+as long as SMAC's. docs/td3_bc.md has the rest, and why.
+The file has this order: flags, networks, update, the two phases in main(), and last what has
+nothing to do with TD3+BC.
 """
 
-import argparse
-import contextlib
 import copy
+import csv
 import difflib
-import importlib.util
-import io
 import json
 import math
 import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import textwrap
 import time
-from dataclasses import dataclass, field, fields, make_dataclass, replace
-from http.client import HTTPException
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import h5py
@@ -50,432 +53,549 @@ from tqdm import tqdm
 from muon import Muon
 
 
-# ==== shared: flags of a run
 @dataclass
-class RunFlags:
-    task: str = "hopper-embedded"  # hopper-medium-replay-v2, door-binary-v0, ...; a wrong name lists all. Sets defaults
-    seed: int = 0  # of networks, batches, exploration, training and evaluation episodes
-    resume: Path | None = None  # run folder to go on with, exactly where its last.pt stands; its flags are the defaults
-    dataset: str | None = None  # D4RL-layout HDF5, or minari:ID; else the task's own, from $D4RL_DATASET_DIR or ~/.d4rl
-    init_from: Path | None = None  # an offline.pt: its networks go straight to the online phase
-    runs_dir: Path = Path("runs")  # where run folders are made
-    device: str = "auto"  # auto: cuda where there is one; else cpu, cuda:1, ...
-    torch_threads: int = 1  # CPU threads. Matrices this small gain little from more: better start one run a core
-    compile: bool = False  # compile the update steps (takes a minute; not tried on a GPU); needs a C++ compiler
-    checkpoint_every: int = 10_000  # steps between checkpoints; one more at a phase's end, on Ctrl-C and on SIGTERM
-    keep_every: int | None = None  # also keep the networks every so many steps, as offline-5000.pt (for landscapes)
-    log_every: int = 500  # steps between rows of metrics.csv and TensorBoard
-    eval_every: int = 10_000  # steps between evaluations, offline and online
-    eval_episodes: int = 20  # episodes an evaluation, deterministic policy, the same starts each time (WSRL: 20)
-    final_episodes: int = 50  # episodes of the last evaluation, from starts that no earlier one used
-    save_replay: Path | None = None  # write all that the online phase collected to this file, in D4RL's layout
-    stop_at_score: float | None = None  # end the run at the first online evaluation with this mean score
-    track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_MODE=offline works)
-    capture_video: bool = False  # film an episode of the final policy (needs moviepy; no screen: MUJOCO_GL=egl)
+class Args:
+    dataset: str = "hopper-embedded"  # file of data/prepare.py, or its name in data/; names the env
+    preset: str = "auto"  # other defaults, see PRESETS; auto: the dataset's
+    init_from: str | None = None  # offline.pt of this script: straight to phase 2
+    resume: str | None = None  # run folder: go on exactly where its last.pt stands
+    seed: int = 0  # of networks, batches, exploration and episodes
+    # 1. offline. Defaults that name no source are the authors' (sfujim/TD3_BC)
+    offline_steps: int = 250_000  # updates (as SMAC; authors: 1_000_000); 0: TD3 from scratch
+    offline_batch_size: int = 256
+    num_critics: int = 2
+    critic_hidden: tuple[int, ...] = (256, 256)
+    critic_activation: Literal["tanh", "relu"] = "relu"
+    policy_hidden: tuple[int, ...] = (256, 256)
+    normalize_observations: bool = True  # by the dataset's mean and deviation
+    critic_lr: float = 3e-4
+    policy_lr: float = 3e-4
+    gamma: float = 0.99
+    tau: float = 0.005  # rate of the target networks
+    alpha: float = 2.5  # weight of Q against imitation
+    policy_delay: int = 2  # critic updates to one of the policy and of all targets
+    target_noise: float = 0.2  # deviation
+    target_noise_clip: float = 0.5
+    # 2. online. SMAC's protocol (arXiv 2602.17632, 4.2 and Table 7)
+    online_bc: Literal["keep", "anneal", "drop"] = "keep"  # imitation: as offline (FQL); to 0; none
+    online_steps: int = 200_000  # environment steps, warm start included; 0: stop before phase 2
+    warmup_steps: int = 5_000  # first steps: the pretrained policy collects, nothing learns
+    online_batch_size: int = 1024
+    offline_fraction: float = 0.5  # share of each batch that comes from the dataset
+    exploration_noise: float = 0.1  # deviation (TD3)
+    # run
+    runs_dir: str = "runs"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    threads: int = 1  # of the CPU; matrices this small gain little from more
+    compile: bool = False  # torch.compile the updates (a minute; needs a C++ compiler)
+    log_every: int = 500
+    eval_every: int = 10_000
+    eval_episodes: int = 20
+    final_episodes: int = 50  # of the last evaluation, from starts never seen before
+    checkpoint_every: int = 10_000
+    keep_every: int = 0  # also keep the networks every so many steps, as offline-5000.pt, ...
+    track: bool = False  # Weights & Biases
 
 
-# ==== flags: "TD3+BC" is the authors' code (sfujim/TD3_BC), "SMAC" the protocol of arXiv 2602.17632
-@dataclass
-class OfflineFlags:
-    offline_steps: int = 250_000  # updates, as many as SMAC's (TD3+BC: 1_000_000); 0: no dataset, TD3 from scratch
-    offline_batch_size: int = 256  # transitions (TD3+BC)
-    num_critics: int = 2  # targets take the minimum of all, the policy follows the first (TD3+BC)
-    critic_hidden: tuple[int, ...] = (256, 256)  # hidden layers (TD3+BC)
-    critic_activation: Literal["tanh", "relu"] = "relu"  # of the hidden layers (TD3+BC)
-    policy_hidden: tuple[int, ...] = (256, 256)  # hidden layers, relu (TD3+BC)
-    normalize_observations: bool = True  # by the dataset's mean and deviation + 1e-3, in every network (TD3+BC)
-    critic_lr: float = 3e-4  # of Adam and Muon alike (TD3+BC)
-    policy_lr: float = 3e-4  # of Adam and Muon alike (TD3+BC)
-    gamma: float = 0.99  # discount (TD3+BC)
-    tau: float = 0.005  # Polyak rate of the targets, policy's and critics' (TD3+BC)
-    alpha: float = 2.5  # weight of Q against imitation: lambda = alpha / mean |Q| (TD3+BC)
-    policy_delay: int = 2  # critic updates to one of the policy and of all targets (TD3+BC)
-    target_noise: float = 0.2  # deviation of the noise on the target policy's actions (TD3+BC)
-    target_noise_clip: float = 0.5  # that noise lies between minus this and this (TD3+BC)
-    optimizer: Literal["adam", "muon"] = "adam"  # muon: hidden matrices of critics and policy on Muon, the rest on Adam
-
-
-@dataclass
-class OnlineFlags:
-    online_bc: Literal["keep", "anneal", "drop"] = "keep"  # imitation: as offline (FQL); falls to none at the end; none
-    online_steps: int = 200_000  # environment steps, warm start included (SMAC)
-    warmup_steps: int = 5_000  # first online steps: the pretrained policy collects, nothing is updated (SMAC)
-    online_batch_size: int = 1024  # transitions, from dataset and replay (SMAC)
-    offline_fraction: float = 0.5  # share of each online batch that comes from the dataset (SMAC)
-    exploration_noise: float = 0.1  # deviation of the noise on collected actions (TD3)
-
-
-GROUPS = dict(run=RunFlags, offline=OfflineFlags, online=OnlineFlags)
-# Rows of other defaults. adroit, kitchen: as many updates as SMAC's (its paper names nothing else for TD3+BC).
-# hopper-embedded: ours, for two CPU cores: critics and targets as fast as in SMAC's row (docs/td3_bc.md). from-scratch,
-# with --offline-steps 0: TD3's own.
-ROWS = {
+# fmt: off
+# Other defaults. adroit, kitchen: steps as SMAC's, whose paper names nothing else for TD3+BC.
+# small, small-adroit: ours, for two CPU cores (docs/td3_bc.md). from-scratch: TD3's own
+# (sfujim/TD3).
+PRESETS = {
+    "paper": dict(),
     "adroit": dict(offline_steps=200_000),
     "kitchen": dict(offline_steps=400_000),
-    "hopper-embedded": dict(offline_steps=30_000, critic_hidden=(128, 128), policy_hidden=(128, 128))
-    | dict(offline_batch_size=128, critic_lr=1e-3, tau=0.02)
-    | dict(online_steps=20_000, warmup_steps=2_000, online_batch_size=128, eval_every=2_500, eval_episodes=10),
-    "from-scratch": dict(online_bc="drop", online_steps=1_000_000, warmup_steps=25_000, online_batch_size=256)
-    | dict(offline_fraction=0.0, eval_every=5_000, eval_episodes=10),
+    "small": dict(
+        offline_steps=30_000, offline_batch_size=128, critic_hidden=(128, 128),
+        policy_hidden=(128, 128), critic_lr=1e-3, tau=0.02,
+        online_steps=20_000, warmup_steps=2_000, online_batch_size=128,
+        eval_every=2_500, eval_episodes=10,
+    ),
+    "small-adroit": dict(
+        offline_steps=15_000, offline_batch_size=128, critic_hidden=(256, 256),
+        policy_hidden=(256, 256), critic_lr=1e-3, tau=0.02,
+        online_steps=5_000, warmup_steps=1_000, online_batch_size=256, eval_every=1_000,
+    ),
+    "from-scratch": dict(
+        online_bc="drop", online_steps=1_000_000, warmup_steps=25_000, online_batch_size=256,
+        offline_fraction=0.0, eval_every=5_000, eval_episodes=10,
+    ),
 }
-ALGORITHM = "td3_bc"  # in the run folder's name and in checkpoints
-# What a checkpoint fixes for whoever goes on from it: the networks' shapes
-NETWORK_FLAGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden")
+# fmt: on
+ALGORITHM = "td3_bc"  # in run folders and checkpoints
+NETWORK_ARGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden")
 
 
-# ==== shared: from the command line to flags
-def parse_flags() -> SimpleNamespace:
-    """The flags given, over the run to resume or the task's row, over the defaults; as one flat namespace."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, kind in dict(task=str, offline_steps=int, init_from=Path, resume=Path).items():
-        first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", type=kind)
-    given, _ = first.parse_known_args()
-    source = given.init_from if given.resume is None else given.resume / "last.pt"
-    start = {} if source is None else read_checkpoint(source)["args"]
-    name = given.task or start.get("task", RunFlags.task)
-    if given.resume is not None and (name != start["task"] or given.init_from is not None):
-        raise BadInput("--resume goes on with the run's own task and checkpoint: leave out --task and --init-from.")
-    if given.resume is not None:
-        row = start | {"resume": given.resume}
-    elif name not in TASKS:
-        near = ", ".join(difflib.get_close_matches(name, TASKS, 3, 0.3)) or "none"
-        raise BadInput(f"--task {name}: no such task. Near: {near}. All: {', '.join(TASKS)}.")
+# ============================================ networks ============================================
+def linear(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+    """Orthogonal weight, zero bias (WSRL)."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(sizes: list[int], activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Hidden layers only: each is followed by the activation."""
+    layers = []
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        layers += [linear(inputs, outputs), activation()]
+    return nn.Sequential(*layers)
+
+
+class Normalizer(nn.Module):
+    """(s - mean) / std; the identity until fitted. Buffers, so that every checkpoint has them."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def fit(self, s: Tensor) -> None:
+        self.mean.copy_(s.mean(0))
+        self.std.copy_(s.std(0) + 1e-3)
+
+    def forward(self, s: Tensor) -> Tensor:
+        return (s - self.mean) / self.std
+
+
+class Critics(nn.Module):
+    """Q_1 ... Q_N in stacked weights (N, out, in): one batched product a layer."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.normalize = Normalizer(obs_dim)
+        self.tanh = args.critic_activation == "tanh"
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        sizes = [obs_dim + act_dim, *args.critic_hidden, 1]
+        for inputs, outputs in zip(sizes, sizes[1:]):
+            members = [linear(inputs, outputs).weight.data for _ in range(args.num_critics)]
+            self.weights.append(torch.stack(members))
+            self.biases.append(torch.zeros(args.num_critics, 1, outputs))
+
+    def forward(self, s: Tensor, a: Tensor) -> Tensor:
+        """(B, o), (B, a) -> (N, B)."""
+        h = torch.cat([self.normalize(s), a], -1).expand(len(self.weights[0]), -1, -1)
+        for W, b in zip(self.weights[:-1], self.biases[:-1]):
+            h = torch.baddbmm(b, h, W.mT)
+            h = torch.tanh(h) if self.tanh else torch.relu(h)
+        return (h * self.weights[-1]).sum(-1) + self.biases[-1].squeeze(-1)
+
+    def first(self, s: Tensor, a: Tensor) -> Tensor:
+        """Q_1 alone, (B,)."""
+        h = torch.cat([self.normalize(s), a], -1)
+        for W, b in zip(self.weights[:-1], self.biases[:-1]):
+            h = torch.addmm(b[0], h, W[0].mT)
+            h = torch.tanh(h) if self.tanh else torch.relu(h)
+        return (h * self.weights[-1][0]).sum(-1) + self.biases[-1][0, 0]
+
+
+class Policy(nn.Module):
+    """a = tanh(mu(s))."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.normalize = Normalizer(obs_dim)
+        self.trunk = mlp([obs_dim, *args.policy_hidden])
+        self.head = linear(args.policy_hidden[-1], act_dim, gain=0.01)
+
+    def mode(self, s: Tensor) -> Tensor:
+        return torch.tanh(self.head(self.trunk(self.normalize(s))))
+
+
+# ============================================= update =============================================
+class Agent(nn.Module):
+    """All that is trained, and the update, which returns metrics as tensors, so that nothing waits
+    for a GPU."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.args = args
+        self.policy = Policy(obs_dim, act_dim, args)
+        self.critic = Critics(obs_dim, act_dim, args)
+        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.optimizers = dict(
+            critic=adam(self.critic.parameters(), args.critic_lr),
+            policy=adam(self.policy.parameters(), args.policy_lr),
+        )
+
+    def update(self, batch: "Batch", bc_weight: Tensor, policy_turn: bool) -> dict[str, Tensor]:
+        """The critics; at `policy_turn`, every second update, then the policy and all targets."""
+        args, s, a = self.args, batch.s, batch.a
+        with torch.no_grad():  # target policy smoothing, clipped double Q-learning (TD3)
+            a_next = self.policy_target.mode(batch.s_next)
+            noise = args.target_noise * torch.randn_like(a_next)
+            noise = noise.clamp(-args.target_noise_clip, args.target_noise_clip)
+            q_next = self.critic_target(batch.s_next, (a_next + noise).clamp(-1, 1)).min(0).values
+            target = batch.r + args.gamma * (1 - batch.terminal) * q_next
+        q = self.critic(s, a)
+        td_loss = (q - target).square().mean(1).sum()
+        descend(td_loss, self.optimizers["critic"])
+        metrics = dict(td_loss=td_loss, q=q.mean(), q_std=q.std(0, correction=0).mean())
+        if not policy_turn:
+            return detached(metrics)
+
+        a_pi = self.policy.mode(s)
+        q_pi = self.critic.first(s, a_pi)  # easy to overlook: Q_1, not the minimum
+        # without imitation lambda stays: TD3's own gradients, mean |Q| times as large, would meet
+        # the second moments that Adam has from the offline phase
+        lmbda = args.alpha / q_pi.abs().mean().detach()
+        bc_loss = (a_pi - a).square().mean()  # over batch and dimensions (the authors' code)
+        policy_loss = -lmbda * q_pi.mean() + bc_weight * bc_loss
+        descend(policy_loss, self.optimizers["policy"])
+        follow(self.critic_target, self.critic, args.tau)
+        follow(self.policy_target, self.policy, args.tau)
+        metrics |= dict(policy_loss=policy_loss, q_policy=q_pi.mean(), bc_loss=bc_loss)
+        return detached(metrics)
+
+    @torch.no_grad()
+    def act(self, s: Tensor) -> Tensor:
+        """Actions for collecting."""
+        a = self.policy.mode(s)
+        return (a + self.args.exploration_noise * torch.randn_like(a)).clamp(-1, 1)
+
+
+def adam(params, lr: float) -> Muon:
+    """Adam: Muon without matrices, as torch.compile takes no torch.optim.Adam into one graph."""
+    return Muon([], params, lr)
+
+
+def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, retain_graph: bool = False) -> None:
+    """One step on the loss, for the optimiser's own parameters and no others."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, gradient in zip(params, torch.autograd.grad(loss, params, retain_graph=retain_graph)):
+        p.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def follow(target: nn.Module, source: nn.Module, rate: float) -> None:
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"].fill_(lr)
+
+
+# ============================================== main ==============================================
+def main() -> None:
+    args, task = parse_args()
+    device = set_up(args)
+    env, eval_envs = TaskEnv(task), [TaskEnv(task) for _ in range(args.eval_episodes)]
+    env.reset(episode_seed(args.seed, TRAINING, 0))
+    obs_dim, act_dim = len(env.obs), env.action_space.shape[0]
+    replay = Replay(args.online_steps, obs_dim, act_dim, device)
+    with device:
+        agent = Agent(obs_dim, act_dim, args)
+
+    from_scratch = args.offline_steps == 0 and not args.init_from
+    if from_scratch:
+        dataset = replay
     else:
-        row = ROWS.get(TASKS[name].domain, {}) | ROWS.get(name, {}) | {"task": name}
-        if given.init_from is not None:  # it brings what its networks need, and from the same script all of pretraining
-            same = start["algorithm"] == ALGORITHM
-            own = [f.name for k, group in GROUPS.items() if k not in ("run", "online") for f in fields(group)]
-            more = ["optimizer", "muon_scale", *(["dataset"] if name == start["task"] else [])]
-            row |= {k: start[k] for k in (*NETWORK_FLAGS, *more, *(own if same else ())) if k in start}
-        elif given.offline_steps == 0:
-            row |= ROWS.get("from-scratch", {})
-    groups = [group() for group in GROUPS.values()]
-    for group, f in [(g, f) for g in groups for f in fields(g) if row.get(f.name) is not None]:
-        setattr(group, f.name, Path(row[f.name]) if "Path" in str(f.type) else row[f.name])
-    kind = make_dataclass("Flags", [(k, Annotated[v, tyro.conf.OmitArgPrefixes]) for k, v in GROUPS.items()])
-    flags = tyro.cli(kind, default=kind(*groups), description=(__doc__ or "").split("\n\n")[0])
-    args = SimpleNamespace(**{k: v for group in vars(flags).values() for k, v in vars(group).items()})
-    shares = ("gamma", "tau", "policy_average", "offline_fraction", "expectile")
-    from_zero = ("seed", "score_steps", "offline_steps", "online_steps", "warmup_steps", "kappa", "bc_weight", *shares)
-    for k, v in vars(args).items():  # whole numbers (a layer's width, a batch, ...) are 1 or more, unless said above
-        numbers = v if isinstance(v, tuple) else (v,) if type(v) in (int, float) else ()
-        low = 0 if k in from_zero or k.endswith("_lr") else -math.inf if type(v) is float else 1
-        high = 1 if k in shares else math.inf
-        if v == () or not all(math.isfinite(x) and low <= x <= high for x in numbers):
-            needed = "finite" if low < 0 else f"at least {low}" if high > 1 else f"between {low} and {high}"
-            raise BadInput(f"--{k.replace('_', '-')} {v}: a number {needed} is needed.")
-    for k in [k for k in NETWORK_FLAGS if k in start and start[k] != getattr(args, k)]:
-        raise BadInput(f"--{k.replace('_', '-')}: {source} was trained with {start[k]}, and cannot go on with another.")
-    for flag, path in dict(runs_dir=args.runs_dir, save_replay=args.save_replay and args.save_replay.parent).items():
-        if path and any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
-            raise BadInput(f"--{flag.replace('_', '-')}: {path} is no folder and cannot become one.")
-    if args.save_replay is not None and args.save_replay.is_dir():
-        raise BadInput(f"--save-replay {args.save_replay} is a folder: name a file in it.")
-    for flag, package in dict(track="wandb", capture_video="moviepy").items():
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise BadInput(f"--{flag.replace('_', '-')} needs {package}: pip install {package}.")
-    return args
+        data = load_dataset(args.dataset, obs_dim, act_dim)
+        dataset = dataset_replay(data, task, device)
+        if args.normalize_observations:  # online and in evaluations these numbers stay
+            s = torch.as_tensor(data["observations"], device=device)
+            for network in agent.children():
+                network.normalize.fit(s)
+    networks = dict(agent=agent, **agent.optimizers)
+    if args.init_from and not args.resume:
+        load_parts(networks, read_checkpoint(args.init_from), args.init_from)
+    if args.compile:
+        agent.update = compiled(agent.update)
+    run = Run(args, task, networks, dict(replay=replay, env=env))
+    bc_weight = torch.ones((), device=device)  # a tensor: torch.compile
+
+    # ---- phase 1: the dataset
+    for step in run.steps("offline", 0 if args.init_from else args.offline_steps):
+        if step == 0:
+            run.evaluate(0, agent.policy, eval_envs)
+        batch = dataset.unpack(dataset.sample(args.offline_batch_size))
+        metrics = agent.update(batch, bc_weight, policy_turn=run.due(args.policy_delay))
+        if run.due(args.log_every):
+            run.log(metrics)
+        if run.due(args.eval_every):
+            run.evaluate(step + 1, agent.policy, eval_envs)
+        if step + 1 == args.offline_steps:
+            run.save("offline.pt", networks)
+
+    # ---- phase 2: the same update on dataset and collected transitions
+    from_dataset = round(args.offline_fraction * args.online_batch_size)
+    set_lr(agent.optimizers["critic"], args.critic_lr)  # the flags' rates, not a checkpoint's
+    set_lr(agent.optimizers["policy"], args.policy_lr)
+    for step in run.steps("online", args.online_steps):
+        if step == 0:
+            run.evaluate(0, agent.policy, eval_envs)
+        learning = step >= args.warmup_steps
+
+        obs = env.obs
+        if from_scratch and not learning:
+            action = 2 * torch.rand(act_dim) - 1
+        else:
+            action = agent.act(torch.as_tensor(obs, device=device)[None])[0]
+        action = action.cpu().numpy()
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        # easy to overlook: a time-out is no terminal, and s' is this episode's last state
+        replay.add(obs, action, task.train_reward(reward), next_obs, terminated)
+        if terminated or truncated:
+            run.log_episode(env)
+            env.reset(episode_seed(args.seed, TRAINING, replay.n))
+
+        if learning:
+            if args.online_bc == "anneal":
+                progress = (step - args.warmup_steps) / (args.online_steps - args.warmup_steps)
+                bc_weight.fill_(1 - progress)
+            elif args.online_bc == "drop":
+                bc_weight.fill_(0)
+            collected = replay.sample(args.online_batch_size - from_dataset)
+            batch = dataset.unpack(torch.cat([collected, dataset.sample(from_dataset)]))
+            metrics = agent.update(batch, bc_weight, policy_turn=run.due(args.policy_delay))
+            if run.due(args.log_every):
+                run.log(metrics)
+        if run.due(args.eval_every):
+            run.evaluate(step + 1, agent.policy, eval_envs)
+
+    run.finish(agent.policy)
 
 
-class BadInput(SystemExit):
-    """Ends the script with one sentence for the user. Code 2: wrong input, before any training; else it is saved."""
-
-    def __init__(self, sentence: str, code: int = 2):
-        sentence = " ".join(sentence.split())  # h5py's and torch's messages have several lines
-        super().__init__(sentence)
-        self.code = code
-        print(f"error: {sentence}" if code == 2 else sentence, file=sys.stderr)
+# ============================== shared: the same in all four scripts ==============================
+RESUME_MAY_CHANGE = ("resume", "score_steps", "offline_steps", "online_steps", "device", "threads")
+RESUME_MAY_CHANGE += ("compile", "log_every", "eval_every", "eval_episodes", "final_episodes")
+RESUME_MAY_CHANGE += ("checkpoint_every", "keep_every", "track")
 
 
-# ==== shared: tasks
-@dataclass(frozen=True)
-class Task:
-    env_id: str
-    domain: str  # locomotion, adroit, kitchen: which rewards, what a success is
-    max_steps: int
-    file: str  # in the dataset folder
-    url: str | None = None  # D4RL's folder, where it is one of theirs
-    zero: float = 0.0  # raw returns with the scores 0 and 100 (D4RL's infos.py)
-    hundred: float = 1.0
-    scale: float = 1.0  # training reward, offline and online: scale * r + bias (WSRL's values); never evaluation's
-    bias: float = 0.0
-    env_kwargs: dict = field(default_factory=dict)
-
-    def score(self, total, last):
-        """D4RL score of episodes from raw returns and last rewards: 100 is an expert, a success, four subtasks."""
-        if self.domain == "locomotion":
-            return 100 * (np.asarray(total) - self.zero) / (self.hundred - self.zero)
-        return 25.0 * np.asarray(last) if self.domain == "kitchen" else 100.0 * (np.asarray(last) == 0)
-
-
-D4RL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-ANT = dict(include_cfrc_ext_in_observation=False, contact_cost_weight=0.0)  # D4RL's contact forces are all zero
-RETURNS = dict(Hopper=(-20.272305, 3234.3), Walker2d=(1.629008, 4592.3), HalfCheetah=(-280.178953, 12135.0))
-RETURNS |= dict(Ant=(-325.6, 3879.7))
-KITCHEN = dict(complete="mini_kitchen_microwave_kettle_light_slider", partial="kitchen_microwave_kettle_light_slider")
-KITCHEN |= dict(mixed="kitchen_microwave_kettle_bottomburner_light")
-TASKS = {}
-for name, low_high in RETURNS.items():
-    for kind in ("random", "medium", "medium-replay", "medium-expert", "expert"):
-        file, kwargs = f"{name.lower()}_{kind.replace('-', '_')}-v2.hdf5", ANT if name == "Ant" else {}
-        task = Task(f"{name}-v5", "locomotion", 1000, file, D4RL + "gym_mujoco_v2/", *low_high, env_kwargs=kwargs)
-        TASKS[f"{name.lower()}-{kind}-v2"] = task
-TASKS["hopper-embedded"] = replace(TASKS["hopper-medium-replay-v2"], file="hopper-medium-replay.hdf5", url=None)
-for name, steps in dict(pen=100, door=200, relocate=200).items():
-    env_id, file = f"AdroitHand{name.title()}Sparse-v1", f"offpolicy_hand_data/{name}"
-    TASKS[f"{name}-binary-v0"] = Task(env_id, "adroit", steps, file, scale=10.0, bias=5.0)
-for name, file in KITCHEN.items():
-    others = ["bottom burner", "light switch"] if name == "mixed" else ["light switch", "slide cabinet"]
-    kwargs, url = dict(tasks_to_complete=["microwave", "kettle", *others]), D4RL + "kitchen/"
-    task = Task("FrankaKitchen-v1", "kitchen", 280, file + "-v0.hdf5", url, bias=-4.0, env_kwargs=kwargs)
-    TASKS[f"kitchen-{name}-v0"] = task
+def parse_args() -> tuple[Args, "Task"]:
+    """The command line, over the flags of the checkpoint to go on from, over the preset, over the
+    defaults; and the task that the dataset describes."""
+    # a first pass finds what the defaults of all others depend on
+    given, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)
+    if given.resume:
+        return parse_resume(given.resume)
+    default, kept = Args(), {}
+    if given.init_from:
+        saved = read_checkpoint(given.init_from)
+        default = Args(dataset=saved["args"]["dataset"], preset=saved["args"]["preset"])
+        given, _ = tyro.cli(Args, default=default, add_help=False, return_unknown_args=True)
+        names = NETWORK_ARGS if saved["algorithm"] != ALGORITHM else saved["args"]
+        kept = {name: saved["args"][name] for name in names if name in saved["args"]}
+        for name in ("online_steps", "device", "threads", "runs_dir", "track"):
+            kept.pop(name, None)  # of that run only
+    task = read_task(find_dataset(given.dataset))
+    preset = given.preset
+    if preset == "auto":
+        preset = task.family
+        if Path(given.dataset).stem == "hopper-embedded":
+            preset = "small"
+        if given.offline_steps == 0 and not given.init_from:
+            preset = "from-scratch"
+    elif preset not in PRESETS:
+        sys.exit(f"error: there is no preset {preset}, but auto, {', '.join(PRESETS)}.")
+    default = replace(default, **(PRESETS.get(preset, {}) | kept))  # locomotion, other: none
+    return tyro.cli(Args, default=default, description=__doc__), task
 
 
-# ==== shared: data
-def download(url: str, path: Path) -> None:
-    """Fetch an HDF5 file under a temporary name, check that it is whole, then give it its name."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")  # runs of a sweep may fetch the same file at once
-    socket.setdefaulttimeout(30)  # or a dead connection would hang for ever
+def parse_resume(folder: str) -> tuple[Args, "Task"]:
+    saved = read_checkpoint(f"{folder}/last.pt")
+    if saved["algorithm"] != ALGORITHM:
+        sys.exit(f"error: {folder} is a run of {saved['algorithm']}: resume it with that script.")
+    default = replace(Args(**saved["args"]), resume=folder)
+    args = tyro.cli(Args, default=default, description=__doc__)
+    for name, was in saved["args"].items():
+        if getattr(args, name) != was and name not in RESUME_MAY_CHANGE:
+            sys.exit(f"error: --resume cannot change {name}, which was {was}: start a new run.")
+    for phase, done in saved["done"].items():
+        steps = getattr(args, f"{phase}_steps")
+        is_current = phase == list(saved["done"])[-1]
+        if steps < done or (steps > done and not is_current):
+            sys.exit(f"error: {phase}_steps cannot become {steps}: the run has done {done}.")
+    return args, Task(**saved["task"])
+
+
+def set_up(args: Args) -> torch.device:
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    # "medium" has oneDNN multiply, still in float32, and not MKL, which on AMD leaves half of
+    # AVX-512 unused (docs/speed.md). Only with AMX units would it be bfloat16.
+    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    if args.device == "cpu" and avx512 and not torch.cpu._is_amx_tile_supported():
+        torch.set_float32_matmul_precision("medium")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(part))
-        h5py.File(part).close()  # refuses what a broken connection leaves
-        os.replace(part, path)
-    except (OSError, HTTPException) as e:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise BadInput(f"Cannot download {url} ({e}): fetch it on another machine and put it at {path}.") from e
+        return torch.zeros((), device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"error: --device {args.device} cannot be used here ({error}): try --device cpu.")
 
 
-def read_dataset(task: Task, dataset: str | None) -> dict[str, np.ndarray]:
-    """The dataset in D4RL's layout: a row a step, episodes one after another in time order. Rewards are raw; kitchen's
-    are the number of subtasks solved so far and binary Adroit's success - 1, as `TaskEnv` pays them."""
-    cache = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
-    if (dataset or "").startswith("minari:") or dataset is None and task.domain == "adroit":
-        episodes = list(minari_episodes(task, dataset[7:]) if dataset else adroit_episodes(cache / task.file))
-        return {k: np.concatenate([e[k] for e in episodes]) for k in episodes[0]} if episodes else {"observations": []}
-    path = Path(dataset) if dataset else cache / task.file if task.url else Path(__file__).parent / "data" / task.file
-    if dataset is None and task.url and not path.exists():
-        download(task.url + task.file, path)
-    required, optional = ("observations", "actions", "rewards", "terminals"), ("timeouts", "next_observations")
+def compiled(update):
+    """The update as one graph, with the optimisers in it and the same random numbers as without."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        sys.exit("error: --compile needs a C++ compiler: install g++, or leave the flag out.")
+    torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
+    torch._inductor.config.fallback_random = True
+    return torch.compile(update, dynamic=False)
+
+
+# ---- data: the files that data/prepare.py writes (docs/data.md)
+class Task(NamedTuple):
+    """An environment and its rewards: the attributes of a dataset's file."""
+
+    env_id: str
+    env_kwargs: dict
+    max_episode_steps: int
+    family: str  # locomotion, adroit, kitchen, other: which preset
+    goals: int  # > 0: the reward is the number of goals reached so far; all of them end the episode
+    reward_scale: float  # training's reward is scale * r + bias (WSRL); evaluation's is raw
+    reward_bias: float
+    return_0: float  # raw return whose normalized return is 0, and 100 (D4RL)
+    return_100: float
+    mean_normalized_return: float  # of the dataset's episodes
+
+    def train_reward(self, r):
+        return self.reward_scale * r + self.reward_bias
+
+
+def find_dataset(name: str) -> Path:
+    folder = Path(__file__).resolve().parent / "data"
+    for path in (Path(name).expanduser(), folder / f"{name}.hdf5"):
+        if path.is_file():
+            return path
+    names = [path.stem for path in folder.glob("*.hdf5")]
+    near = ", ".join(difflib.get_close_matches(name, names, cutoff=0.4) or names)
+    sys.exit(f"error: no dataset {name}: data/ has {near}; python data/prepare.py {name} makes it.")
+
+
+def read_task(path: Path) -> Task:
     try:
         with h5py.File(path) as f:
-            raw = {k: np.asarray(f[k]) for k in required + optional if getattr(f.get(k), "shape", None)}
-    except FileNotFoundError as e:
-        raise BadInput(f"{path}: no such file. --dataset takes a D4RL-layout HDF5 file or minari:ID.") from e
-    except (OSError, RuntimeError) as e:
-        fetched = task.url and not dataset
-        again = "delete it, and the next run fetches it again" if fetched else "restore it or name another"
-        raise BadInput(f"{path}: not a whole HDF5 file ({e}): {again}.") from e
-    if missing := [k for k in required if k not in raw]:
-        raise BadInput(f"{path}: {', '.join(missing)} missing; D4RL's layout has {', '.join(required)}.")
-    return raw
+            values = dict(f.attrs)
+    except OSError as error:
+        sys.exit(f"error: {path} is not a whole HDF5 file ({error}): make it anew.")
+    if values.get("format") != "smac-dataset-1":
+        sys.exit(f"error: {path} is not a prepared file: python data/prepare.py {path} makes one.")
+    for name, value in values.items():
+        if isinstance(value, np.generic):
+            values[name] = value.item()
+    values["env_kwargs"] = json.loads(values["env_kwargs"])
+    return Task(*(values[name] for name in Task._fields))
 
 
-def minari_episodes(task: Task, name: str):
-    """A Minari dataset, downloaded by minari if it is not on disk. Its N + 1 observations give true next states."""
-    import minari
-
-    try:
-        episodes = list(minari.load_dataset(name, download=True).iterate_episodes())
-    except Exception as e:  # minari lets through whatever its storage, its hub or the network raise
-        raise BadInput(f"minari:{name} cannot be loaded ({type(e).__name__}: {e}); see `minari list remote`.") from e
-    for e in episodes:
-        obs = e.observations["observation"] if isinstance(e.observations, dict) else e.observations
-        rewards = np.cumsum(e.rewards) if task.domain == "kitchen" else e.rewards  # Minari's pays each subtask once
-        if task.domain == "adroit":
-            if "success" not in (e.infos or {}):
-                raise BadInput(f"minari:{name} does not record success in its infos, which a binary task needs.")
-            rewards = np.asarray(e.infos["success"], np.float32)[-len(e.rewards) :] - 1
-        row = dict(observations=obs[:-1], actions=e.actions, rewards=rewards, next_observations=obs[1:])
-        yield row | dict(terminals=e.terminations, timeouts=e.truncations)
-
-
-def adroit_episodes(stem: Path):
-    """AWAC's two files for a binary Adroit task: demonstrations, then rollouts of a cloned policy; rewards -1 and 0."""
-    for path in (stem.with_name(f"{stem.name}2_sparse.npy"), stem.with_name(f"{stem.name}_bc_sparse4.npy")):
-        if not path.is_file():
-            where = f"offpolicy_hand_data (Google Drive 1yUdJnGgYit94X_AvV6JJP5Y3Lx2JF30Y) into {stem.parent.parent}"
-            raise BadInput(f"{path}: no such file. Unpack {where}, or name an HDF5 file of the task with --dataset.")
-        try:
-            episodes = np.load(path, allow_pickle=True)
-        except Exception as e:  # whatever unpickling raises
-            raise BadInput(f"{path}: not a whole .npy file ({type(e).__name__}: {e}); unpack it again.") from e
-        for e in episodes:
-            obs = np.asarray([o["state_observation"] if isinstance(o, dict) else o for o in e["observations"]])
-            n = min(len(obs), len(e["actions"]), len(e["rewards"]))  # some episodes hold one reward too many
-            row = dict(observations=obs[:n], actions=e["actions"][:n], rewards=np.reshape(e["rewards"][:n], n))
-            yield row | dict(terminals=np.zeros(n), timeouts=np.arange(n) == n - 1)
+def load_dataset(name: str, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
+    """Transitions in time order, n rows: observations, next_observations (n, o), actions (n, a),
+    raw rewards, terminals (no bootstrapping), returns (the whole episode's), last (of an episode).
+    An episode that was cut off ends in a row that holds only its last state; it is dropped here.
+    After a terminal s' is not known and never used: s stands in its place."""
+    path = find_dataset(name)
+    with h5py.File(path) as f:
+        columns = ("observations", "actions", "rewards", "terminals", "ends", "returns")
+        data = {column: f[column][:] for column in columns}
+    s, a = data["observations"], data["actions"]
+    if len(s) == 0:
+        sys.exit(f"error: {path} only describes an environment: use --offline-steps 0.")
+    if (s.shape[1], a.shape[1]) != (obs_dim, act_dim):
+        sys.exit(f"error: {path} does not fit its environment: prepare it again.")
+    only_state = data["ends"] & ~data["terminals"]
+    data["next_observations"] = np.concatenate([s[1:], s[-1:]])
+    data["next_observations"][data["ends"]] = s[data["ends"]]
+    data["last"] = data["terminals"] | np.append(only_state[1:], True)
+    return {name: column[~only_state] for name, column in data.items()}
 
 
-def check_dataset(raw: dict[str, np.ndarray], obs_dim: int, act_dim: int, name: str) -> None:
-    """Finds what would otherwise fail, or silently spoil the result, after minutes of training."""
-    if (n := len(raw["observations"])) < 2:
-        raise BadInput(f"{name}: the dataset is empty ({n} rows).")
-    for k, v in raw.items():
-        dim = {"observations": obs_dim, "next_observations": obs_dim, "actions": act_dim}.get(k, 1)
-        if v.dtype.kind not in "fiub" or v.shape[:1] != (n,) or v.size != n * dim:
-            shape = f"({n}, {dim}), as in the environment" if dim > 1 else f"({n},), a number a row"
-            raise BadInput(f"{name}: {k} is {v.dtype} of shape {v.shape}; it has to be numeric of shape {shape}.")
-        if not np.isfinite(v).all():
-            row = int(np.argwhere(~np.isfinite(v))[0][0])
-            raise BadInput(f"{name}: {k} holds NaN or infinity, first in row {row}; remove that episode.")
-    if (largest := float(np.abs(raw["actions"]).max())) > 1.001:
-        raise BadInput(f"{name}: actions reach {largest:.4g}, the environment's bounds are -1 and 1; rescale them.")
-
-
-def to_transitions(raw: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarray]:
-    """Rows (s, a, r, s', terminal) and w from episodes. No row pairs a state with another episode's.
-
-    An episode ends at a terminal, a time-out, where the stored next state is not the following row's, and at the end.
-    Only a terminal stops bootstrapping. A row whose next state is unknown (the last before a cut, where the file has no
-    next_observations) is dropped; its reward still counts in w, the episode's raw return (kitchen: solved subtasks),
-    min-max normalised. Returns float32 observations, next_observations (n, o), actions (n, a), rewards, terminals, cuts
-    (the last kept row of an episode without a terminal), w (n,), and an entry an episode: returns, terminated (of those
-    kept), scores (of all).
-    """
-    n = len(raw["rewards"])
-    obs, rewards = raw["observations"].astype(np.float32, copy=False), raw["rewards"].astype(np.float64).reshape(n)
-    terminal = raw["terminals"].reshape(n) > 0
-    end = terminal.copy()
-    if task.domain == "adroit":
-        terminal = rewards == 0  # Cal-QL: done on every successful step
-        if not np.isin(rewards, (-1, 0)).all() or not terminal.any():
-            raise BadInput("A binary Adroit dataset has the reward -1 and, on success, 0; this one has not.")
-    if task.domain == "kitchen":
-        terminal = rewards >= 4  # the environment here ends when all four are solved, and only then
-    stored = "next_observations" in raw
-    next_obs = raw["next_observations"].astype(np.float32, copy=False) if stored else np.r_[obs[1:], obs[-1:]]
-    follows = np.r_[np.abs(next_obs[:-1] - obs[1:]).max(1) < 1e-6, not stored]  # whether it is the following row's
-    end[:-1] |= ~follows[:-1]
-    if "timeouts" in raw:
-        end |= raw["timeouts"].reshape(n) > 0
-    else:  # as D4RL does: count steps against the environment's limit
-        first = np.maximum.accumulate(np.where(np.r_[True, end[:-1]], np.arange(n), 0))
-        end |= (np.arange(n) - first) % task.max_steps == task.max_steps - 1
-    end[-1] = True
-    episode, starts = np.r_[0, np.cumsum(end)[:-1]], np.flatnonzero(np.r_[True, end[:-1]])
-
-    keep = np.ones(n, bool)
-    if task.domain == "kitchen":  # nothing follows the fourth subtask
-        keep = np.arange(n) <= np.minimum.reduceat(np.where(terminal, np.arange(n), n), starts)[episode]
-    if task.domain == "adroit":  # Cal-QL: only episodes with a success, each cut after its last one
-        keep = np.arange(n) <= np.maximum.reduceat(np.where(terminal, np.arange(n), -1), starts)[episode]
-    total = np.maximum if task.domain == "kitchen" else np.add
-    returns = total.reduceat(np.where(keep, rewards, 0), starts)
-    scores = task.score(returns, np.maximum.reduceat(rewards, starts))
-    terminated, some = np.logical_or.reduceat(terminal & keep, starts), np.logical_or.reduceat(keep, starts)
-    low, high = returns[some].min(), returns[some].max()
-    w = ((returns - low) / (high - low) if high > low else np.ones_like(returns))[episode]
-
-    unknown = end & follows  # it is the next episode's first state, not this one's last
-    next_obs = np.where(unknown[:, None], obs, next_obs)  # of a terminal it is never used
-    keep &= ~unknown | terminal
-    if not keep.any():
-        raise BadInput("No row has a next state: each is an episode of its own. Check the dataset's order and flags.")
-    actions = raw["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # atanh stays finite
-    columns = dict(observations=obs, actions=actions, rewards=rewards, next_observations=next_obs, w=w)
-    data = {k: v[keep].astype(np.float32, copy=False) for k, v in (columns | dict(terminals=terminal)).items()}
-    last = np.r_[np.diff(episode[keep]) > 0, True]
-    data["cuts"] = (last & (data["terminals"] == 0)).astype(np.float32)
-    return data | dict(returns=returns[some], terminated=terminated[some], scores=scores)
-
-
-def summarize(data: dict[str, np.ndarray], rows: int, task: Task) -> str:
-    r, quantiles = data["rewards"], np.quantile(data["returns"], (0, 0.25, 0.5, 0.75, 1))
-    return f"""dataset: {len(r):,} transitions from {rows:,} rows, {len(data["returns"]):,} episodes
-  ends:    {int(data["terminals"].sum()):,} terminals, {int((~data["terminated"]).sum()):,} episodes cut by time or file
-  returns: mean {data["returns"].mean():.1f}, quantiles {" / ".join(f"{q:.0f}" for q in quantiles)}
-  rewards: {r.min():.3g} to {r.max():.3g}, in training {task.scale:g} r {task.bias:+g}
-  actions: {100 * (np.abs(data["actions"]) > 0.999).mean():.1f} % on the bounds"""
-
-
-COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "cuts")
+class Batch(NamedTuple):
+    s: Tensor  # (B, o)
+    a: Tensor  # (B, a)
+    r: Tensor  # (B,)
+    s_next: Tensor  # (B, o)
+    terminal: Tensor  # (B,)
+    return_to_go: Tensor  # (B,), 0 but in Cal-QL
 
 
 class Replay:
-    """Rows of COLUMNS, with training's rewards, in one tensor: a batch is one gather. Full: oldest go first. The last
-    `extra` columns are the script's own."""
+    """Transitions in one tensor, so that a batch is one gather."""
 
-    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device, extra: int = 0):
-        self.sizes = (obs_dim, act_dim, 1, obs_dim, 1, 1) + (1,) * extra
-        self.rows, self.added = torch.zeros(capacity, sum(self.sizes), device=device), 0
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
+        self.sizes = (obs_dim, act_dim, 1, obs_dim, 1, 1)
+        self.rows = torch.zeros(capacity, sum(self.sizes), device=device)
+        self.n = 0
 
-    def add(self, *columns) -> None:
-        columns = [np.reshape(x, (-1, size)) for x, size in zip(columns, self.sizes)]
-        rows = torch.as_tensor(np.concatenate(columns, 1, dtype=np.float32), device=self.rows.device)
-        self.rows[(torch.arange(len(rows), device=rows.device) + self.added) % len(self.rows)] = rows
-        self.added += len(rows)
+    def add(self, *transition) -> None:
+        """s, a, r, s', terminal: of one transition or of many."""
+        columns = [np.reshape(x, (-1, size)) for x, size in zip(transition, self.sizes)]
+        rows = torch.as_tensor(np.concatenate(columns, 1, dtype=np.float32))
+        self.rows[self.n : self.n + len(rows), : rows.shape[1]] = rows  # return_to_go stays 0
+        self.n += len(rows)
 
     def sample(self, n: int) -> Tensor:
-        return self.rows.index_select(0, torch.randint(min(self.added, len(self.rows)), (n,), device=self.rows.device))
+        return self.rows.index_select(0, torch.randint(self.n, (n,), device=self.rows.device))
+
+    def unpack(self, rows: Tensor) -> Batch:
+        s, a, r, s_next, terminal, return_to_go = rows.split(self.sizes, 1)
+        return Batch(s, a, r.squeeze(1), s_next, terminal.squeeze(1), return_to_go.squeeze(1))
 
     def state_dict(self) -> dict:
-        return dict(rows=self.rows[: self.added].clone(), added=self.added)
+        return dict(rows=self.rows[: self.n].clone(), sizes=self.sizes)
 
     def load_state_dict(self, state: dict) -> None:
-        self.rows[: len(state["rows"])], self.added = state["rows"].to(self.rows.device), state["added"]
-
-    def write(self, path: Path, task: Task, **attributes) -> None:
-        """D4RL-layout HDF5 with raw rewards. No next_observations: they are the next row's observations."""
-        rows = self.rows[: self.added].cpu().split(self.sizes, 1)
-        s, a, r, _, terminal, cut, *_ = (x.squeeze(1).numpy() for x in rows)
-        columns = dict(observations=s, actions=a, rewards=(r - task.bias) / task.scale)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(path.with_name(path.name + ".part"), "w") as f:
-            for k, v in (columns | dict(terminals=terminal > 0, timeouts=cut > 0)).items():
-                f.create_dataset(k, data=v, compression="gzip", compression_opts=9, shuffle=True)
-            f.attrs.update(attributes)
-        os.replace(path.with_name(path.name + ".part"), path)
+        self.n = len(state["rows"])
+        self.rows[: self.n] = state["rows"]
 
 
-# ==== shared: environment
-def observation(task: Task, obs) -> np.ndarray:
-    """The networks' observation from an environment's or a dataset's. Kitchen: joint and object positions, the 30
-    numbers that D4RL's 60 (they append the constant goal) and FrankaKitchen-v1's 59 (they mix in velocities) have in
-    common. Ant: D4RL's 111 without the 84 contact forces."""
-    obs = obs["observation"] if isinstance(obs, dict) else np.asarray(obs)
-    kind = (task.env_id, obs.shape[-1] if obs.ndim else 0)
-    if kind == ("FrankaKitchen-v1", 59):
-        return np.concatenate([obs[..., :9], obs[..., 18:39]], -1)
-    return obs[..., : {("FrankaKitchen-v1", 60): 30, ("Ant-v5", 111): 27}.get(kind)]
+def dataset_replay(data: dict[str, np.ndarray], task: Task, device: torch.device) -> Replay:
+    s, a, s_next = data["observations"], data["actions"], data["next_observations"]
+    replay = Replay(len(s), s.shape[1], a.shape[1], device)
+    replay.add(s, a, task.train_reward(data["rewards"]), s_next, data["terminals"])
+    return replay
 
 
+# ---- environment
 class TaskEnv(gym.Wrapper):
-    """The task's environment with the dataset's observations, raw rewards and ends of episodes. adroit: reward success
-    - 1, and a success ends the episode (Cal-QL). kitchen: reward is the number of subtasks solved so far, as in D4RL's
-    files (the environment itself pays each once), and the fourth ends the episode. Its state is the episode's seed and
-    actions: loading it replays them, and the environment stands exactly where it stood."""
+    """The task's environment with the dataset's observations, actions and rewards. Its state is the
+    seed and the actions of the episode: loading replays them."""
 
     def __init__(self, task: Task, **kwargs):
-        module = "" if task.domain == "locomotion" else "gymnasium_robotics:"  # gym.make imports it, and it registers
-        super().__init__(gym.make(module + task.env_id, max_episode_steps=task.max_steps, **task.env_kwargs, **kwargs))
-        self.task, self.seed, self.actions = task, 0, []
+        kwargs = task.env_kwargs | kwargs
+        env = gym.make(task.env_id, max_episode_steps=task.max_episode_steps, **kwargs)
+        super().__init__(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+        self.task = task
 
-    def reset(self, *, seed: int, options=None):
-        self.seed, self.actions, self.total = seed, [], 0.0
-        obs, info = self.env.reset(seed=seed, options=options)
-        self.obs = observation(self.task, obs).astype(np.float32)
+    def reset(self, seed: int):
+        self.seed, self.actions, self.rewards = seed, [], []
+        obs, info = self.env.reset(seed=seed)
+        self.obs = self.observe(obs)
         return self.obs, info
 
-    def step(self, action):
-        self.actions.append(action.tolist())
+    def step(self, action: np.ndarray):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self.obs = observation(self.task, obs).astype(np.float32)
-        if self.task.domain == "adroit":
-            reward, terminated = float(info["success"]) - 1, terminated or info["success"]
-        if self.task.domain == "kitchen":
-            reward = len(info["episode_task_completions"])
-            terminated = reward >= 4
-        self.reward = float(reward)
-        self.total += self.reward
-        return self.obs, self.reward, bool(terminated), bool(truncated), info
+        if self.task.goals:  # the reward is the number of goals reached, not the environment's
+            reward = info.get("success", len(info.get("episode_task_completions", ())))
+            terminated = reward == self.task.goals
+        self.obs = self.observe(obs)
+        self.actions.append(action.tolist())
+        self.rewards.append(float(reward))
+        return self.obs, float(reward), bool(terminated), truncated, info
+
+    def observe(self, obs) -> np.ndarray:
+        if self.task.family == "kitchen":  # the positions, which D4RL's data have as well
+            obs = np.concatenate([obs["observation"][:9], obs["observation"][18:39]])
+        elif isinstance(obs, dict):
+            obs = gym.spaces.flatten(self.env.observation_space, obs)
+        return np.asarray(obs, np.float32)
+
+    def normalized_return(self) -> float:
+        """D4RL's normalized score of the episode: 100 is an expert, or all goals reached."""
+        result = self.rewards[-1] if self.task.goals else sum(self.rewards)
+        return 100 * (result - self.task.return_0) / (self.task.return_100 - self.task.return_0)
 
     def state_dict(self) -> dict:
         return dict(seed=self.seed, actions=self.actions)
 
     def load_state_dict(self, state: dict) -> None:
-        self.reset(seed=state["seed"])
+        self.reset(state["seed"])
         for action in state["actions"]:
             self.step(np.asarray(action, np.float32))
 
@@ -483,565 +603,216 @@ class TaskEnv(gym.Wrapper):
 TRAINING, EVALUATION, FINAL = range(3)  # independent streams of episode seeds
 
 
-def episode_seed(seed: int, stream: int, episode: int) -> int:
-    return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
+def episode_seed(seed: int, stream: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, stream, number]).generate_state(1)[0])
 
 
-def collect(env: TaskEnv, action: np.ndarray, replay: Replay, run: "Run", *extra) -> bool:
-    """One environment step into the replay. At an episode's end, which is returned, the next one begins."""
-    obs, task = env.obs, env.task
-    next_obs, reward, terminated, truncated, _ = env.step(action)
-    # easy to overlook: a time-out is no terminal, and s' is this episode's last state, not the next one's first
-    replay.add(obs, action, task.scale * reward + task.bias, next_obs, terminated, truncated and not terminated, *extra)
-    if terminated or truncated:
-        run.episode(env.total, len(env.actions))
-        env.reset(seed=episode_seed(run.args.seed, TRAINING, replay.added))
-    return terminated or truncated
-
-
-# ==== shared: evaluation
 @torch.no_grad()
-def evaluate(policy: nn.Module, envs: list[TaskEnv], seeds: list[int]) -> list[tuple[float, int, float]]:
-    """(raw return, length, last reward) of one episode an environment, with the deterministic policy and one policy
-    call for all that still run. Draws nothing from the training's random numbers."""
+def rollout(policy: nn.Module, envs: list[TaskEnv], seeds: list[int]) -> None:
+    """An episode of the deterministic policy in each environment, all of them side by side."""
     device, running = next(policy.parameters()).device, envs
     for env, seed in zip(envs, seeds):
-        env.reset(seed=seed)
+        env.reset(seed)
     while running:
         obs = torch.as_tensor(np.stack([env.obs for env in running]), device=device)
-        actions = policy.mode(obs).cpu().numpy()
-        running = [env for env, action in zip(running, actions) if not any(env.step(action)[2:4])]
-    return [(env.total, len(env.actions), env.reward) for env in envs]
+        still_running = []
+        for env, action in zip(running, policy.mode(obs).cpu().numpy()):
+            _, _, terminated, truncated, _ = env.step(action)
+            if not (terminated or truncated):
+                still_running.append(env)
+        running = still_running
 
 
-# ==== shared: run folder
-FORMAT = "smac-checkpoint-1"  # docs/checkpoint.md
-
-
-def read_checkpoint(path: Path) -> dict:
+# ---- run folder
+def read_checkpoint(path: str) -> dict:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError(f"its format is {state['format']}, not {FORMAT}")
-        return state
-    except Exception as e:  # torch lets through whatever unpickling raises
-        raise BadInput(f"{path}: not a checkpoint of these scripts ({type(e).__name__}: {e}).") from e
+        saved = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
+        assert saved["format"] == "smac-checkpoint-2"  # docs/checkpoint.md
+    except FileNotFoundError:
+        sys.exit(f"error: there is no {path}.")
+    except Exception:  # torch lets through whatever unpickling raises
+        sys.exit(f"error: {path} is damaged, or no checkpoint of these scripts' present version.")
+    return saved
 
 
-def git_commit() -> str:
-    """The script's commit, with a + where files differ from it; empty outside a repository."""
-    describe = "describe --always --abbrev=40 --dirty=+ --exclude=*".split()
-    git = ["git", "-C", str(Path(__file__).resolve().parent), *describe]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+def load_parts(parts: dict, saved: dict, path: str) -> None:
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (KeyError, RuntimeError, ValueError):
+        sys.exit(f"error: the networks in {path} do not fit this script, its flags or the dataset.")
 
 
 class Run:
-    """A run's folder: config.json, the script, metrics.csv, evaluations.csv, episodes.csv, TensorBoard, checkpoints.
-    `steps` walks a phase and goes on inside it after a resume. A checkpoint holds `networks`' state_dicts; last.pt
-    those of everything in `state` as well."""
+    """A run's folder: config.json, this script, two tables, TensorBoard, checkpoints, curve.png.
 
-    def __init__(self, args: SimpleNamespace, algorithm: str, inputs: SimpleNamespace, networks: dict, state: dict):
-        from torch.utils.tensorboard import SummaryWriter
+    `steps` walks through a phase. last.pt holds all of `state`, the random generator and the length
+    of the tables: a run killed at any moment and resumed ends bit for bit like one that was not."""
 
-        self.args, self.networks, self.state, self.device = args, networks, networks | state, inputs.device
-        self.task, self.eval_envs, self.data = inputs.task, inputs.eval_envs, inputs.data
-        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        self.config["algorithm"] = algorithm
-        self.position, self.evaluations, self.seconds = {}, [], {}  # steps done a phase; (phase, step, score); clocks
-        self.signal, self.ended = None, False  # asked to stop by a signal; asked to leave the phase
-        about = dict(command=sys.argv, git_commit=git_commit(), torch=torch.__version__)
-        if args.resume is not None:
-            self.path = args.resume
-            self.resume()
-            with contextlib.suppress(OSError, ValueError):  # how it began, and how it went on
-                before = json.loads((self.path / "config.json").read_text())
-                before["resumed"] = [*before.get("resumed", []), about]
-                (self.path / "config.tmp").write_text(json.dumps(before | self.config, indent=1))
-                os.replace(self.path / "config.tmp", self.path / "config.json")
+    def __init__(self, args: Args, task: Task, networks: dict, rest: dict):
+        self.args, self.task, self.networks, self.state = args, task, networks, networks | rest
+        self.config = asdict(args) | dict(resume=None)
+        self.device = torch.device(args.device)
+        self.done: dict[str, int] = {}  # steps of each phase so far
+        self.start = time.time()
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        if args.resume:
+            self.path = Path(args.resume).expanduser()
+            self.load(self.path / "last.pt")
         else:
-            name = args.runs_dir / f"{args.task}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            self.path = next(p for i in range(10**6) if not (p := name.with_name(f"{name.name}{i or ''}")).exists())
-            try:
-                self.path.mkdir(parents=True)
-            except OSError as e:
-                raise BadInput(f"The run folder cannot be made ({e}): name another with --runs-dir.") from e
-            (self.path / "config.json").write_text(json.dumps(self.config | about, indent=1))
-            (self.path / "metrics.csv").write_text("step,phase,name,value\n")
-            (self.path / "evaluations.csv").write_text("step,phase,episode,return,length,score\n")
-            (self.path / "episodes.csv").write_text("step,return,length\n")
-            shutil.copy(__file__, self.path)
+            self.make_folder()
         if args.track:
             import wandb
 
-            wandb.init(project="smac", name=self.path.name, dir=self.path, config=self.config, sync_tensorboard=True)
-        self.tensorboard = SummaryWriter(self.path, purge_step=self.total)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-        print(textwrap.fill(", ".join(f"{k} {v}" for k, v in self.config.items()), 110, initial_indent="flags: "))
-        print(f"run folder: {self.path}", flush=True)
+            about = dict(project="smac", name=self.path.name, config=self.config)
+            wandb.init(**about, sync_tensorboard=True)
+        from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
 
-    def resume(self) -> None:
-        saved = read_checkpoint(self.path / "last.pt")
-        if saved["args"]["algorithm"] != self.config["algorithm"]:
-            raise BadInput(f"{self.path} is a run of {saved['args']['algorithm']}: resume it with its own script.")
-        for phase, done in saved["position"].items():
-            steps, over = self.config[f"{phase}_steps"], phase != list(saved["position"])[-1]
-            if steps < done or over and steps > done:
-                raise BadInput(f"--{phase}-steps {steps}: the run has done {done}{' and left that phase' * over}.")
-        try:
-            for name, thing in self.state.items():
-                thing.load_state_dict(saved[name])
-            for name, size in saved["sizes"].items():  # drop what was written after the checkpoint
-                os.truncate(self.path / name, size)
-        except (KeyError, RuntimeError, ValueError) as e:
-            raise BadInput(f"{self.path}/last.pt does not fit: resume with the run's own flags ({e}).") from e
-        except OSError as e:
-            raise BadInput(f"{self.path} lacks a file of the run ({e}): put it back, or start anew.") from e
-        self.position, self.evaluations, self.seconds = saved["position"], saved["evaluations"], saved["seconds"]
-        torch.set_rng_state(saved["rng"])
-        if self.device.type == "cuda" and "cuda_rng" in saved:  # not in a run that began on a CPU
-            torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
+        self.tensorboard = SummaryWriter(self.path)
+        table = [f"|{name}|{value}|" for name, value in self.config.items()]
+        self.tensorboard.add_text("flags", "\n".join(["|flag|value|", "|-|-|", *table]))
+        print(self.path, flush=True)
+
+    def make_folder(self) -> None:
+        name = f"{Path(self.args.dataset).stem}__{ALGORITHM}__{self.args.seed}"
+        name += time.strftime("__%Y%m%d-%H%M%S")
+        self.path = Path(self.args.runs_dir).expanduser() / name
+        while self.path.exists():  # another run of the same second
+            self.path = self.path.with_name(self.path.name + "b")
+        self.path.mkdir(parents=True)
+        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty=+"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        about = dict(algorithm=ALGORITHM, command=sys.argv, commit=commit, torch=torch.__version__)
+        config = json.dumps(self.config | about | dict(task=self.task._asdict()), indent=1)
+        (self.path / "config.json").write_text(config)
+        (self.path / "metrics.csv").write_text("step,phase,name,value\n")
+        (self.path / "evaluations.csv").write_text("step,phase,episode,return,length,normalized\n")
+        shutil.copy(__file__, self.path)
+        shutil.copy(Path(__file__).with_name("muon.py"), self.path)
 
     def on_signal(self, number: int, frame) -> None:
-        if self.signal is not None:  # a second time: at once
+        if self.signal:  # a second time: at once
             sys.exit(128 + number)
         self.signal = number
 
-    @property
-    def total(self) -> int:
-        return sum(self.position.values())
-
     def steps(self, phase: str, n: int):
-        """Yields the phase's remaining steps. After each: a checkpoint where one is due, and a stop where asked for."""
-        start, every = self.position.get(phase, 0), 0.5 if sys.stderr.isatty() else 60
-        self.phase, self.bar = phase, tqdm(total=n, initial=start, desc=phase, mininterval=every, disable=start >= n)
-        for self.step in range(start, n):
-            self.position[phase] = self.step + 1  # what is saved and logged during a step counts it
-            yield self.step
-            self.bar.update()
-            ended = self.ended or self.step + 1 == n
-            if self.args.keep_every and phase != "score" and self.due(self.args.keep_every):
-                self.save(f"{phase}-{self.step + 1}.pt", self.networks)
-            if ended or self.signal is not None or self.due(self.args.checkpoint_every):
+        """The phase's remaining steps, with checkpoints on the way and at its end. Ctrl-C and
+        SIGTERM end the run after a step, with a checkpoint."""
+        self.phase, first = phase, self.done.get(phase, 0)
+        for step in tqdm(range(first, n), phase, total=n, initial=first, disable=first >= n):
+            self.step = step  # for due() and log()
+            self.done[phase] = self.step + 1  # what is saved or logged during a step counts it
+            yield step
+            if self.args.keep_every and self.due(self.args.keep_every):
+                self.save(f"{phase}-{step + 1}.pt", self.networks)
+            if self.due(self.args.checkpoint_every) or step + 1 == n or self.signal:
                 self.save("last.pt", self.state)
-            if self.signal is not None:
-                again = shlex.join(["python", sys.argv[0], "--resume", str(self.path)])
-                raise BadInput(f"Stopped after {phase} step {self.step + 1}. To go on: {again}", 128 + self.signal)
-            if ended:
-                break
-        self.bar.close()
+            if self.signal:
+                print(f"\nto go on: python {sys.argv[0]} --resume {shlex.quote(str(self.path))}")
+                sys.exit(128 + self.signal)
 
     def due(self, every: int) -> bool:
         return (self.step + 1) % every == 0
 
-    @contextlib.contextmanager
-    def clock(self, what: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+    def log(self, metrics: dict) -> None:
+        metrics = {name: float(value) for name, value in metrics.items()}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                where = f"{name} is {value} at {self.phase} step {self.step + 1}"
+                sys.exit(f"error: {where}: lower a rate; {self.path}/last.pt is from before.")
+        metrics["seconds"] = time.time() - self.start
+        with open(self.path / "metrics.csv", "a") as f:
+            for name, value in metrics.items():
+                f.write(f"{self.step + 1},{self.phase},{name},{value:.9g}\n")
+                self.tensorboard.add_scalar(f"{self.phase}/{name}", value, self.step + 1)
 
-    @contextlib.contextmanager
-    def writing(self, name: str):
-        """A full disk costs a row or a checkpoint, never the run."""
-        try:
-            yield self.path / name
-        except OSError as e:
-            tqdm.write(f"{self.path / name} cannot be written ({e}): free some space; the run goes on.", sys.stderr)
+    def log_episode(self, env: TaskEnv) -> None:
+        """An episode that was collected, with exploration."""
+        self.log(dict(collected=env.normalized_return(), collected_length=len(env.actions)))
 
-    def check_finite(self, values: dict[str, bool]) -> None:
-        if bad := [k for k, finite in values.items() if not finite]:
-            where = f"{', '.join(bad)} not finite at {self.phase} step {self.step + 1}"
-            raise BadInput(f"{where}: lower a learning rate; the last good state is {self.path}/last.pt", 1)
-
-    def log(self, metrics: dict, *show: str) -> None:
-        values = {k: float(v) for k, v in metrics.items()}
-        self.check_finite({k: math.isfinite(v) for k, v in values.items()})
-        values |= {f"seconds/{k}": v for k, v in self.seconds.items()}
-        with self.writing("metrics.csv") as path, open(path, "a") as f:
-            f.writelines(f"{self.step + 1},{self.phase},{k},{v:.9g}\n" for k, v in values.items())
-        with contextlib.suppress(OSError):  # a full disk again, seen later by TensorBoard's thread
-            for k, v in values.items():
-                self.tensorboard.add_scalar(f"{self.phase}/{k}", v, self.total)
-        self.bar.set_postfix({k: f"{values[k]:.3g}" for k in show}, refresh=False)
+    def evaluate(self, step: int, policy: nn.Module, envs: list, stream=EVALUATION) -> None:
+        """One episode in each environment, always from the same starts. It draws nothing from
+        training's random numbers."""
+        rollout(policy, envs, [episode_seed(self.args.seed, stream, i) for i in range(len(envs))])
+        results = [env.normalized_return() for env in envs]
+        with open(self.path / "evaluations.csv", "a") as f:
+            for i, env in enumerate(envs):
+                row = f"{sum(env.rewards):.9g},{len(env.actions)},{results[i]:.6g}"
+                f.write(f"{step},{self.phase},{i},{row}\n")
+        mean = float(np.mean(results))
+        self.tensorboard.add_scalar(f"{self.phase}/normalized_return", mean, step)
+        bracket = f"(episodes {min(results):.1f} to {max(results):.1f})"
+        tqdm.write(f"{self.phase:>8} {step:>9,}  normalized return {mean:6.1f}  {bracket}")
 
     def save(self, name: str, parts: dict) -> None:
-        """Write a checkpoint under a temporary name, then rename it: until then the one before stays."""
-        modules = {k: part for k, part in parts.items() if isinstance(part, nn.Module)}
-        self.check_finite({k: all(p.isfinite().all() for p in m.parameters()) for k, m in modules.items()})
-        state = dict(format=FORMAT, args=self.config, rng=torch.get_rng_state(), seconds=self.seconds)
-        state |= dict(position=self.position, evaluations=self.evaluations)
-        tables = [p for k in ("metrics", "evaluations", "episodes") if (p := self.path / f"{k}.csv").exists()]
-        state["sizes"] = {p.name: p.stat().st_size for p in tables}  # not of other files that a user keeps there
+        """Under a temporary name first: a run killed here keeps the checkpoint before."""
+        saved = {part: thing.state_dict() for part, thing in parts.items()}
+        saved |= dict(format="smac-checkpoint-2", algorithm=ALGORITHM, args=self.config)
+        saved |= dict(task=self.task._asdict(), done=self.done, seconds=time.time() - self.start)
+        saved["rng"] = torch.get_rng_state()
         if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        torch.save(state | {k: v.state_dict() for k, v in parts.items()}, whole := io.BytesIO())
-        with self.writing(name) as path:
-            path.with_suffix(".tmp").write_bytes(whole.getbuffer())
-            os.replace(path.with_suffix(".tmp"), path)
+            saved["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        for table in ("metrics.csv", "evaluations.csv"):
+            saved[table] = (self.path / table).stat().st_size
+        torch.save(saved, self.path / "tmp.pt")
+        os.replace(self.path / "tmp.pt", self.path / name)
 
-    def episode(self, total: float, length: int) -> None:
-        """One that was collected: exploration, not evaluation."""
-        with self.writing("episodes.csv") as path, open(path, "a") as f:
-            f.write(f"{self.step + 1},{total:.9g},{length}\n")
-        with contextlib.suppress(OSError):
-            self.tensorboard.add_scalar(f"{self.phase}/collected_return", total, self.total)
+    def load(self, path: Path) -> None:
+        saved = read_checkpoint(path)
+        load_parts(self.state, saved, path)
+        for table in ("metrics.csv", "evaluations.csv"):  # drop what was written afterwards
+            os.truncate(self.path / table, saved[table])
+        self.done, self.start = saved["done"], time.time() - saved["seconds"]
+        torch.set_rng_state(saved["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in saved:
+            torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
 
-    def evaluate(self, phase: str, step: int, policy: nn.Module, envs: list | None = None, stream=EVALUATION) -> float:
-        """The mean score over one episode an environment. Every episode goes to evaluations.csv; the best online policy
-        so far stays in best.pt."""
-        envs = self.eval_envs if envs is None else envs
-        with self.clock("evaluation"):
-            results = evaluate(policy, envs, [episode_seed(self.args.seed, stream, i) for i in range(len(envs))])
-        scores = [float(self.task.score(total, last)) for total, _, last in results]
-        score, before = float(np.mean(scores)), [x for p, _, x in self.evaluations if p == phase]
-        with self.writing("evaluations.csv") as path, open(path, "a") as f:
-            rows = enumerate(zip(results, scores))
-            f.writelines(f"{step},{phase},{i},{r:.9g},{n},{x:.6g}\n" for i, ((r, n, _), x) in rows)
-        with contextlib.suppress(OSError):
-            self.tensorboard.add_scalar(f"{phase}/score", score, self.total)
-        self.evaluations.append((phase, step, score))
-        tqdm.write(f"{phase:>8} {step:>9,}  score {score:6.1f}  ({min(scores):.1f} to {max(scores):.1f})")
-        if phase == "online":
-            stop = self.args.stop_at_score
-            self.ended = step > 0 and stop is not None and score >= stop
-            if score >= max(before, default=score):
-                self.save("best.pt", self.networks)
-        return score
-
-    def finish(self, policy: nn.Module, replay: Replay) -> None:
-        """The last evaluation, curve.png, the run in a few lines, and what --save-replay and --capture-video ask for.
-        Early: the first fifth of the online steps after the warm start. Regret: the mean over the online evaluations of
-        the run's best score minus theirs."""
+    def finish(self, policy: nn.Module) -> None:
+        """The last evaluation, curve.png, and the run in a few lines. Early: the first fifth of the
+        online steps after the warm start."""
         from matplotlib.figure import Figure
 
-        self.evaluate("final", self.total, policy, [TaskEnv(self.task) for _ in range(self.args.final_episodes)], FINAL)
+        self.phase = "final"
+        fresh_envs = [TaskEnv(self.task) for _ in range(self.args.final_episodes)]
+        handover = self.done.get("offline", 0)
+        self.evaluate(self.done.get("online", handover), policy, fresh_envs, FINAL)
+        curves = dict(offline={}, online={}, final={})  # {phase: {step: results}}
+        with open(self.path / "evaluations.csv", newline="") as f:
+            for row in csv.DictReader(f):
+                results = curves[row["phase"]].setdefault(int(row["step"]), [])
+                results.append(float(row["normalized"]))
+
         axes = Figure(figsize=(7, 4), layout="constrained").subplots()
-        lines, handover = {}, self.position.get("offline", 0)
-        if self.data is not None:
-            lines["dataset, mean episode"] = mean = float(self.data["scores"].mean())
-            axes.axhline(mean, color="gray", linestyle=":", label="dataset, mean episode")
-        for phase, start in dict(offline=0, online=handover).items():
-            if curve := [(start + step, score) for p, step, score in self.evaluations if p == phase]:
-                axes.plot(*zip(*curve), ".-", label=phase)
-        if online := [(step, score) for phase, step, score in self.evaluations if phase == "online"]:
-            if handover > 0:
-                axes.axvline(handover, color="black", linewidth=0.8, linestyle="--", label="hand-over")
-            scores, warm = [score for _, score in online], self.args.warmup_steps
-            early = [score for step, score in online if step <= warm + 0.2 * (self.args.online_steps - warm)]
-            lines |= {"at transfer": scores[0], "worst early online": min(early), "last": scores[-1]}
-            lines |= {"best": max(scores), "regret (mean of best - score)": max(scores) - float(np.mean(scores))}
-        lines[f"final, {self.args.final_episodes} new episodes"] = self.evaluations[-1][2]
-        axes.set(xlabel="offline updates, then environment steps", ylabel="D4RL score", title=self.path.name)
-        axes.grid(alpha=0.3)
+        lines = {"dataset, mean episode": self.task.mean_normalized_return}
+        axes.axhline(self.task.mean_normalized_return, color="gray", ls=":", label="dataset, mean")
+        for phase, first in dict(offline=0, online=handover).items():
+            steps = np.array(list(curves[phase]))
+            means = np.array([np.mean(results) for results in curves[phase].values()])
+            if len(means) > 0:
+                axes.plot(first + steps, means, ".-", label=phase)
+        if curves["online"]:  # `steps` and `means` are this phase's now
+            axes.axvline(handover, color="black", ls="--", lw=0.8, label="hand-over")
+            warm = self.args.warmup_steps
+            early = steps <= warm + 0.2 * (self.args.online_steps - warm)
+            lines["at the hand-over"] = means[0]
+            lines["worst early"] = means[early].min()
+            lines["last"] = means[-1]
+            lines["best"] = means.max()
+            lines["mean gap to the best"] = means.max() - means.mean()
+        lines["final, new episodes"] = np.mean(list(curves["final"].values())[-1])
+        axes.set(xlabel="offline updates, then environment steps", ylabel="normalized return")
+        axes.set_title(self.path.name)
         axes.legend()
-        with self.writing("curve.png") as path:
-            axes.figure.savefig(path, dpi=150)
-        print("\n".join(f"  {name:<32}{x:8.1f}" for name, x in lines.items()))
-        if self.args.save_replay is not None:
-            about = dict(command=" ".join(sys.argv), git_commit=git_commit(), seed=self.args.seed)
-            with self.writing(self.args.save_replay.absolute()) as path:
-                replay.write(path, self.task, **about, env_id=self.task.env_id)
-        if self.args.capture_video:
-            camera = TaskEnv(self.task, render_mode="rgb_array")
-            camera.env = gym.wrappers.RecordVideo(camera.env, f"{self.path}/video", lambda episode: True)
-            evaluate(policy, [camera], [episode_seed(self.args.seed, FINAL, 0)])
-            camera.close()
+        axes.figure.savefig(self.path / "curve.png", dpi=150)
 
-
-# ==== shared: set-up
-def float32_products(device: torch.device) -> str:
-    """The precision to ask of torch: "medium" has oneDNN multiply float32 matrices and not MKL, which on AMD leaves
-    half of AVX-512 unused (docs/speed.md). The numbers stay float32: only AMX units would make them bfloat16, and with
-    these, as on a GPU, the default stays."""
-    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not torch.cpu._is_amx_tile_supported()
-    return "medium" if device.type == "cpu" and avx512 else "highest"
-
-
-def set_up(args: SimpleNamespace, extra: int = 0) -> SimpleNamespace:
-    """Task, device, environments, dataset. What can be wrong with the input shows here, before a run folder exists.
-    `dataset` (a Replay) and `data` (to_transitions) are None where the online algorithm starts from scratch."""
-    task = TASKS[args.task]
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        device = torch.zeros((), device=device).device
-    except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"--device {args.device} cannot be used here: {e}") from e
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
-        print("--compile needs a C++ compiler (g++, or $CXX) and finds none: going on without.", file=sys.stderr)
-        args.compile = False
-    if args.capture_video:
-        try:
-            camera = TaskEnv(task, render_mode="rgb_array")
-            camera.reset(seed=0), camera.render(), camera.close()
-        except Exception as e:  # whatever the machine's graphics raise
-            raise BadInput(f"--capture-video: nothing can be drawn here ({e}); try MUJOCO_GL=egl or osmesa.") from e
-    torch.set_num_threads(args.torch_threads)
-    torch.set_float32_matmul_precision(float32_products(device))
-    torch.manual_seed(args.seed)
-    env, *eval_envs = (TaskEnv(task) for _ in range(1 + args.eval_episodes))
-    (obs_dim,), (act_dim,) = env.reset(seed=episode_seed(args.seed, TRAINING, 0))[0].shape, env.action_space.shape
-    inputs = SimpleNamespace(task=task, device=device, env=env, eval_envs=eval_envs, data=None, dataset=None)
-    inputs.replay = Replay(max(args.online_steps, 1), obs_dim, act_dim, device, extra)
-    if args.offline_steps > 0 or args.init_from is not None:
-        raw = read_dataset(task, args.dataset)
-        raw |= {k: observation(task, v) for k, v in raw.items() if "observations" in k}
-        check_dataset(raw, obs_dim, act_dim, args.dataset or args.task)
-        inputs.data = data = to_transitions(raw, task)
-        print(summarize(data, len(raw["rewards"]), task))
-        del raw  # from here the dataset is in memory twice, as `data` and as the replay's rows, and no more
-        inputs.dataset = Replay(len(data["w"]), obs_dim, act_dim, device, extra)
-        columns = data | dict(rewards=task.scale * data["rewards"] + task.bias)
-        for part in np.array_split(np.arange(len(data["w"])), 1 + len(data["w"]) // 100_000):
-            inputs.dataset.add(*(columns[k][part] for k in COLUMNS), *np.zeros((extra, len(part))))
-    return inputs
-
-
-# ==== shared: networks
-def dense(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
-    """Linear layer, orthogonal weight, zero bias: WSRL's initialisation."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, gain), nn.init.zeros_(layer.bias)
-    return layer
-
-
-def mlp(sizes: list[int], activation=nn.ReLU) -> nn.Sequential:
-    return nn.Sequential(*(m for i, o in zip(sizes, sizes[1:]) for m in (dense(i, o), activation())))
-
-
-class Normalized(nn.Module):
-    """A network that normalises states inside, by buffers that are in every checkpoint; the identity unless set."""
-
-    def __init__(self, obs_dim: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(obs_dim))
-        self.register_buffer("std", torch.ones(obs_dim))
-
-    def normalize(self, s: Tensor) -> Tensor:
-        return (s - self.mean) / self.std
-
-
-class Critics(Normalized):
-    """N critics Q_i(s, a) in stacked weights (N, out, in): one batched product a layer, and Muon's shape."""
-
-    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden: tuple[int, ...], activation: str):
-        super().__init__(obs_dim)
-        sizes = [obs_dim + act_dim, *hidden, 1]
-        layers = [torch.stack([dense(i, o).weight.data for _ in range(n)]) for i, o in zip(sizes, sizes[1:])]
-        self.weights = nn.ParameterList(layers)
-        self.biases = nn.ParameterList(torch.zeros(n, 1, o) for o in sizes[1:])
-        self.tanh = activation == "tanh"
-
-    def layers(self, s: Tensor, a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
-        """The hidden layers' outputs (N, B, h)."""
-        h, hidden = torch.cat([self.normalize(s), a], -1).expand(len(weights[0]), -1, -1), []
-        for W, b in zip(weights[:-1], biases[:-1]):
-            h = torch.baddbmm(b, h, W.mT)
-            hidden.append(h := torch.tanh(h) if self.tanh else torch.relu(h))
-        return hidden
-
-    def forward(self, s: Tensor, a: Tensor, members: Tensor | None = None) -> Tensor:
-        """(B, o), (B, a) -> (N, B), or fewer rows where only some members are asked."""
-        weights, biases = self.weights, self.biases
-        if members is not None:
-            weights, biases = ([p[members] for p in stack] for stack in (weights, biases))
-        return (self.layers(s, a, weights, biases)[-1] * weights[-1]).sum(-1) + biases[-1].squeeze(-1)
-
-
-# ==== TD3+BC's networks
-class DeterministicPolicy(Normalized):
-    """pi(s) = tanh(head(trunk(s)))."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: tuple[int, ...]):
-        super().__init__(obs_dim)
-        self.trunk, self.head = mlp([obs_dim, *hidden]), dense(hidden[-1], act_dim, 0.01)
-
-    def mode(self, s: Tensor) -> Tensor:
-        return torch.tanh(self.head(self.trunk(self.normalize(s))))
-
-
-class Agent(nn.Module):
-    """All that is trained: one state_dict is the core of a checkpoint."""
-
-    def __init__(self, obs_dim: int, act_dim: int, args: SimpleNamespace):
-        super().__init__()
-        self.policy = DeterministicPolicy(obs_dim, act_dim, args.policy_hidden)
-        self.critic = Critics(args.num_critics, obs_dim, act_dim, args.critic_hidden, args.critic_activation)
-        self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)
-        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-
-
-def make_optimizers(agent: Agent, args: SimpleNamespace) -> dict[str, Muon]:
-    """Adam. Under --optimizer muon the matrices between two hidden layers are on Muon (Jordan's advice)."""
-    hidden = dict(critic=list(agent.critic.weights[1:-1]), policy=[layer.weight for layer in agent.policy.trunk[2::2]])
-    optimizers = {}
-    for name, inner in hidden.items():
-        matrices = inner if args.optimizer == "muon" else []
-        others = [p for p in getattr(agent, name).parameters() if all(p is not m for m in matrices)]
-        optimizers[name] = Muon(matrices, others)
-    return optimizers
-
-
-def set_learning_rates(optimizers: dict[str, Muon], args: SimpleNamespace) -> None:
-    for name, group in ((k, group) for k, v in optimizers.items() for group in v.param_groups):
-        group["lr"].fill_(dict(critic=args.critic_lr, policy=args.policy_lr)[name])
-
-
-# ==== losses
-def smoothed(a: Tensor, xi: Tensor, sigma: float, c: float) -> Tensor:
-    """a' = clip(pi'(s') + clip(sigma xi, -c, c), -1, 1), xi standard normal: target policy smoothing (arXiv 1802.09477,
-    section 5.3)."""
-    return (a + (sigma * xi).clamp(-c, c)).clamp(-1, 1)
-
-
-def td_target(r: Tensor, terminal: Tensor, q_next: Tensor, gamma: float) -> Tensor:
-    """y = r + gamma (1 - terminal) min_i Q'_i(s', a'), (B,) from (B, 1), (B, 1), (N, B): clipped double Q-learning
-    (arXiv 1802.09477, section 4.2)."""
-    return r.squeeze(1) + gamma * (1 - terminal.squeeze(1)) * q_next.min(0).values
-
-
-def td_loss(q: Tensor, y: Tensor) -> Tensor:
-    """sum_i E (Q_i(s, a) - y)^2, q (N, B), y (B,) (sfujim/TD3_BC)."""
-    return (q - y).square().mean(1).sum()
-
-
-def bc_loss(a_pi: Tensor, a: Tensor) -> Tensor:
-    """E (pi(s) - a)^2 (arXiv 2106.06860, section 5), a mean over action dimensions, too (its code)."""
-    return (a_pi - a).square().mean()
-
-
-def policy_loss(q: Tensor, bc: Tensor, alpha: float, bc_weight: Tensor) -> Tensor:
-    """-lambda E Q_1(s, pi(s)) + bc_weight bc, where lambda = alpha / E |Q_1(s, pi(s))| has no gradient (arXiv
-    2106.06860, section 5; Q at pi(s), as in its code). lambda stays where bc_weight is 0: TD3's gradients, mean |Q|
-    times larger, would meet Adam's second moments of the offline phase."""
-    return -alpha / q.abs().mean().detach() * q.mean() + bc_weight * bc
-
-
-# ==== shared: gradient steps
-def descend(loss: Tensor, optimizer: Muon, retain_graph: bool = False) -> None:
-    """One step of `optimizer` on the gradient of `loss` for its own parameters, and for no others."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, g in zip(params, torch.autograd.grad(loss, params, retain_graph=retain_graph)):
-        p.grad = g
-    optimizer.step()
-
-
-@torch.no_grad()
-def follow(target: nn.Module, source: nn.Module, tau: float) -> None:
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-def compiled(step, args: SimpleNamespace, device: torch.device):
-    """The update step under --compile: one graph with the optimisers in it. On a GPU CUDA graphs are asked for; whether
-    torch makes them of steps that change optimiser state is not measured."""
-    if not args.compile:
-        return step
-    torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
-    torch._inductor.config.fallback_random = True  # the same random numbers as without
-    return torch.compile(step, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
-
-
-# ==== updates
-class Updates:
-    """The update, offline and online alike. It takes replay rows and returns metrics as tensors, so that nothing waits
-    for a GPU."""
-
-    def __init__(self, agent: Agent, optimizers: dict, sizes: tuple, args: SimpleNamespace):
-        self.agent, self.optimizers, self.sizes, self.args = agent, optimizers, sizes, args
-        self.update = compiled(self.update, args, agent.policy.mean.device)
-
-    @torch.no_grad()
-    def act(self, s: Tensor) -> Tensor:
-        """Actions for collecting."""
-        a = self.agent.policy.mode(s)
-        return (a + self.args.exploration_noise * torch.randn_like(a)).clamp(-1, 1)
-
-    def update(self, rows: Tensor, bc_weight: Tensor, delayed: bool) -> dict[str, Tensor]:
-        """The critics; where `delayed` is true, every second time, then the policy and then all targets."""
-        agent, args = self.agent, self.args
-        s, a, r, s_next, terminal, _ = rows.split(self.sizes, 1)
-        with torch.no_grad():
-            a_next = agent.policy_target.mode(s_next)
-            a_next = smoothed(a_next, torch.randn_like(a_next), args.target_noise, args.target_noise_clip)
-            y = td_target(r, terminal, agent.critic_target(s_next, a_next), args.gamma)
-        q = agent.critic(s, a)
-        loss = td_loss(q, y)
-        metrics = dict(td_loss=loss.detach(), q=q.detach().mean(), q_std=q.detach().std(0, correction=0).mean())
-        descend(loss, self.optimizers["critic"])
-        if not delayed:
-            return metrics
-        a_pi = agent.policy.mode(s)
-        q_pi, bc = agent.critic(s, a_pi, slice(1))[0], bc_loss(a_pi, a)  # easy to overlook: Q_1, not the minimum
-        loss = policy_loss(q_pi, bc, args.alpha, bc_weight)
-        descend(loss, self.optimizers["policy"])
-        follow(agent.critic_target, agent.critic, args.tau)
-        follow(agent.policy_target, agent.policy, args.tau)
-        return metrics | dict(policy_loss=loss.detach(), q_policy=q_pi.detach().mean(), bc_loss=bc.detach())
-
-
-# ==== main
-def main() -> None:
-    args = parse_flags()
-    inputs = set_up(args)
-    dataset, replay, env, device = inputs.dataset, inputs.replay, inputs.env, inputs.device
-    obs_dim, act_dim = replay.sizes[:2]
-    agent = Agent(obs_dim, act_dim, args).to(device)
-    if args.normalize_observations and dataset is not None:  # once: online, and in evaluations, these stay
-        s = torch.as_tensor(inputs.data["observations"], device=device)
-        for network in agent.children():
-            network.mean.copy_(s.mean(0)), network.std.copy_(s.std(0, correction=0) + 1e-3)
-    optimizers = make_optimizers(agent, args)
-    updates = Updates(agent, optimizers, replay.sizes, args)
-    networks = dict(agent=agent, **optimizers)
-    if args.init_from is not None and args.resume is None:
-        start = read_checkpoint(args.init_from)
-        try:
-            for name, part in networks.items():
-                part.load_state_dict(start[name])
-        except (KeyError, RuntimeError, ValueError) as e:
-            raise BadInput(f"{args.init_from} does not fit the task or the flags ({e}).") from e
-    run = Run(args, ALGORITHM, inputs, networks, dict(replay=replay, env=env))
-    set_learning_rates(optimizers, args)  # those of the flags, not those of a checkpoint
-    bc_weight = torch.ones((), device=device)
-
-    # ---- phase 1: TD3+BC on the dataset
-    for step in run.steps("offline", 0 if args.init_from else args.offline_steps):
-        if step == 0:
-            run.evaluate("offline", 0, agent.policy)
-        with run.clock("update"):
-            metrics = updates.update(dataset.sample(args.offline_batch_size), bc_weight, run.due(args.policy_delay))
-        if run.due(args.log_every):
-            run.log(metrics, "q", "td_loss")
-        if run.due(args.eval_every):
-            run.evaluate("offline", step + 1, agent.policy)
-        if step + 1 == args.offline_steps:
-            run.save("offline.pt", networks)
-
-    # ---- phase 2: the same update online
-    from_dataset = 0 if dataset is None else round(args.offline_fraction * args.online_batch_size)
-    for step in run.steps("online", args.online_steps):
-        if step == 0:
-            run.evaluate("online", 0, agent.policy)
-        updated = step - args.warmup_steps  # updates done before this step; below 0 in the warm start
-        with run.clock("environment"):
-            if dataset is None and updated < 0:
-                action = 2 * torch.rand(act_dim) - 1
-            else:
-                action = updates.act(torch.as_tensor(env.obs, device=device)[None])[0]
-            collect(env, action.cpu().numpy(), replay, run)
-        if updated >= 0:
-            with run.clock("update"):
-                left = 1 - updated / (args.online_steps - args.warmup_steps)
-                bc_weight.fill_(dict(keep=1.0, anneal=left, drop=0.0)[args.online_bc])
-                rows = replay.sample(args.online_batch_size - from_dataset)
-                if from_dataset > 0:
-                    rows = torch.cat([rows, dataset.sample(from_dataset)])
-                metrics = updates.update(rows, bc_weight, run.due(args.policy_delay))
-            if run.due(args.log_every):
-                run.log(metrics, "q", "td_loss")
-        if run.due(args.eval_every):
-            run.evaluate("online", step + 1, agent.policy)
-
-    run.finish(agent.policy, replay)
+        for name, value in lines.items():
+            print(f"  {name:<24}{value:8.1f}")
+        minutes = (time.time() - self.start) / 60
+        print(f"{minutes:.1f} minutes; curve.png, tables and checkpoints are in {self.path}")
+        print(f"to hand over again: python {sys.argv[0]} --init-from {self.path}/offline.pt")
+        print(f"to look: tensorboard --logdir {self.path.parent}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""The score as a function of the policy's parameters: along a line, on a plane, along a training.
+"""The return as a function of the policy's parameters: along a line, on a plane, along a training.
 
-    python experiments/landscape.py line RUN                                   # RUN/offline.pt to RUN/last.pt
-    python experiments/landscape.py line A/offline.pt B/best.pt --episodes 50 --beyond 0.2
-    python experiments/landscape.py plane A/offline.pt SAC/last.pt TD3BC/last.pt --points 17
-    python experiments/landscape.py path RUN RUN2 --pca                        # runs with --keep-every N; else t-SNE
+    python experiments/landscape.py line RUN                       # RUN/offline.pt to RUN/last.pt
+    python experiments/landscape.py line A/offline.pt B/last.pt --episodes 50 --beyond 0.2
+    python experiments/landscape.py plane A/offline.pt SAC/last.pt TD3/last.pt --points 17
+    python experiments/landscape.py path RUN RUN2                  # of runs with --keep-every N
 
-A point is a policy whose parameters (trunk, mean head, normaliser; not the critics) lie between those of checkpoints
-(SMAC's is the averaged policy, the one that its own evaluations show):
-A + t (B - A), or A + x (B - A) + y (C - A). Its score is the deterministic policy's over `episodes` starts, the same
-ones at every point. Checkpoints of smac, td3_bc, iql and cal_ql mix, where their policies have one shape.
+A point is a policy whose parameters (trunk, mean head, normaliser; not the critics) lie between
+those of checkpoints: A + t (B - A), or A + x (B - A) + y (C - A). It is the policy that the script
+evaluates: SMAC's is the averaged one. Each point's deterministic policy has the same episode
+starts. Checkpoints of the four scripts mix, where their policies have one shape.
 
-OUT/points.csv has a row for every episode as soon as it is there: the same command again rolls out what is missing.
+OUT/points.csv has a row for every episode as soon as it is there: the same command again rolls out
+what is missing.
 """
 
 import contextlib
 import csv
 import functools
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated, NamedTuple, Union
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,27 +38,26 @@ import tyro
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-from smac_offline_to_online import FINAL, TASKS, BadInput, Policy, TaskEnv, episode_seed, evaluate, read_checkpoint
+import smac_offline_to_online as smac
 
-TOGETHER = 5  # episodes rolled out side by side: part of the result, for a batch's size changes the last bits
+TOGETHER = 5  # episodes side by side: part of the result, a batch's size changes the last bits
 
 
 @dataclass
 class Shared:
-    out: Path | None = None  # folder for points.csv, verdict.txt and the picture (default: landscapes/<what it shows>)
+    out: Path | None = None  # folder for points.csv, verdict.txt and picture; default: landscapes/
     episodes: int = 20  # rollouts a point
-    seed: int = 0  # of the rollouts' starts, which are not those of any evaluation during training
-    jobs: int = 0  # processes (0: one a core)
-    tolerance: float = 5.0  # points of score that count as level, in the verdict
-    dataset_score: float | None = None  # the dataset's mean score, for a line in the picture
+    seed: int = 0  # of the rollouts' starts, which no evaluation during training had
+    jobs: int = os.cpu_count() or 1  # processes
+    tolerance: float = 5.0  # points of normalized return that count as level, in the verdict
 
 
 @dataclass
 class Line(Shared):
     """Along the straight line between two checkpoints."""
 
-    a: Annotated[Path, tyro.conf.Positional] = tyro.MISSING  # checkpoint, or run folder: its offline.pt
-    b: Annotated[Path | None, tyro.conf.Positional] = None  # checkpoint, or run folder: its last.pt (default: A's)
+    a: Annotated[Path, tyro.conf.Positional] = tyro.MISSING  # checkpoint, or run: its offline.pt
+    b: Annotated[Path | None, tyro.conf.Positional] = None  # or run: its last.pt; default: A's
     points: int = 21  # from A to B
     beyond: float = 0.0  # go on past both ends by this part of the line
 
@@ -67,9 +66,9 @@ class Line(Shared):
 class Plane(Shared):
     """On the plane through three checkpoints."""
 
-    a: Annotated[Path, tyro.conf.Positional] = tyro.MISSING  # the corner; checkpoint, or run folder: its offline.pt
-    b: Annotated[Path, tyro.conf.Positional] = tyro.MISSING  # at x = 1; checkpoint, or run folder: its last.pt
-    c: Annotated[Path, tyro.conf.Positional] = tyro.MISSING  # at y = 1; checkpoint, or run folder: its last.pt
+    a: Annotated[Path, tyro.conf.Positional] = tyro.MISSING  # the corner; of a run its offline.pt
+    b: Annotated[Path, tyro.conf.Positional] = tyro.MISSING  # at x = 1; of a run its last.pt
+    c: Annotated[Path, tyro.conf.Positional] = tyro.MISSING  # at y = 1; of a run its last.pt
     points: int = 17  # a side; 0 and 1 are always among them
     low: float = -0.3  # smallest x and y
     high: float = 1.3  # largest x and y
@@ -77,21 +76,48 @@ class Plane(Shared):
 
 @dataclass
 class Trajectory(Shared):
-    """Along trainings: their periodic checkpoints in two dimensions."""
+    """Along trainings: their periodic checkpoints on their two principal components."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = tyro.MISSING  # a training, and others from its checkpoint
-    pca: bool = False  # principal components instead of t-SNE, which needs scikit-learn
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = tyro.MISSING  # run folders
 
 
 # ---- policies as vectors
-@dataclass
-class Point:
+class Point(NamedTuple):
     name: str  # for the picture
-    task: str
-    sizes: tuple[int, ...]  # observation, hidden layers, action
+    task: dict
+    hidden: tuple[int, ...]  # the policy's
     vector: np.ndarray  # in double precision: A + (B - A) is B again
-    args: dict  # the flags of its run
-    handed_over: float | None  # score at the hand-over, in training, if it was known then
+
+
+def read_policy(saved: dict) -> smac.Policy:
+    """The policy that a script evaluates, of a checkpoint of any of the four. Where it has a
+    deviation, that is left out: it plays no part in the deterministic action."""
+    agent = saved["agent"]
+    prefix = "policy_average." if "policy_average.head.bias" in agent else "policy."
+    state = {}
+    for name, value in agent.items():
+        if name.startswith(prefix) and not name.endswith("log_std"):
+            state[name.removeprefix(prefix)] = value
+    act_dim = len(state["head.bias"])
+    if saved["algorithm"] in ("smac", "cal_ql"):  # theirs is in the head, below the mean
+        act_dim //= 2
+    for name in ("head.weight", "head.bias"):
+        mean = state[name][:act_dim]
+        state[name] = torch.cat([mean, torch.zeros_like(mean)])
+    args = smac.Args(policy_hidden=tuple(saved["args"]["policy_hidden"]))
+    policy = smac.Policy(len(state["normalize.mean"]), act_dim, args)
+    policy.load_state_dict(state)
+    return policy
+
+
+def build(vector: np.ndarray, hidden: tuple[int, ...], obs_dim: int, act_dim: int) -> smac.Policy:
+    policy = smac.Policy(obs_dim, act_dim, smac.Args(policy_hidden=hidden))
+    start = 0
+    for part in policy.state_dict().values():  # they are views of the policy's own tensors
+        end = start + part.numel()
+        part.copy_(torch.as_tensor(vector[start:end]).view_as(part))
+        start = end
+    return policy
 
 
 def choose(path: Path, name: str) -> Path:
@@ -99,175 +125,163 @@ def choose(path: Path, name: str) -> Path:
     if not path.is_dir():
         return path
     if not (path / name).exists():
-        raise BadInput(f"{path} has no {name}: name a checkpoint (.pt) of it, or of the run it started from.")
-    print(f"{path}: {name} is taken")
+        sys.exit(f"error: {path} has no {name}: name a checkpoint (.pt), or another run.")
     return path / name
 
 
-def mean_policy(state: dict, act_dim: int, prefix: str = "") -> dict[str, torch.Tensor]:
-    """What decides the deterministic action, sorted by name: of the head only the mean's rows, which come first."""
-    keys = sorted(k for k in state if re.fullmatch(re.escape(prefix) + r"(mean|std|trunk\.\d+\.\w+|head\.\w+)", k))
-    policy = {k.removeprefix(prefix): state[k] for k in keys}
-    return {k: v[:act_dim] if k.startswith("head") else v for k, v in policy.items()}
-
-
-def describe(args: dict, position: dict, path: Path) -> str:
-    source = re.fullmatch(r".+__(\w+)__\d+__\d{8}-\d+", Path(args.get("init_from") or "").parent.name)
-    algorithm = args.get("online_algorithm", args["algorithm"])  # the baselines' scripts have one, their own
-    online = f" + {algorithm} {position['online']:,}" if position.get("online") else ""
-    return f"{source[1] if source else args['algorithm']}{online} ({path.name})"
-
-
-@functools.cache
-def read_point(path: Path) -> Point:
-    saved = read_checkpoint(path)
-    args, position, agent = saved["args"], saved["position"], saved["agent"]
-    if args["task"] not in TASKS:
-        raise BadInput(f"{path} is of the task {args['task']}, which this version does not have.")
-    (act_dim,) = environments(args["task"], 1)[0].action_space.shape
-    # SMAC evaluates and hands over its policy's running average; the other scripts have none
-    policy = mean_policy(agent, act_dim, "policy_average." if "policy_average.mean" in agent else "policy.")
-    if not {"mean", "std", "head.weight", "head.bias", "trunk.0.weight"} <= policy.keys():
-        raise BadInput(f"{path} holds no policy of docs/checkpoint.md.")
-    hidden = [len(v) for k, v in policy.items() if re.fullmatch(r"trunk\.\d+\.bias", k)]
-    vector = np.concatenate([v.double().numpy().ravel() for v in policy.values()])
-    scores = [x for phase, step, x in saved["evaluations"] if phase == "offline" or (phase, step) == ("online", 0)]
-    name, sizes = describe(args, position, path), (len(policy["mean"]), *hidden, len(policy["head.bias"]))
-    return Point(name, args["task"], sizes, vector, args, scores[-1] if scores else None)
-
-
 def read_points(paths: list[Path]) -> list[Point]:
-    points = [read_point(path) for path in paths]
+    points = []
+    for path in paths:
+        saved = smac.read_checkpoint(path)
+        args, parts = saved["args"], read_policy(saved).state_dict().values()
+        vector = np.concatenate([part.double().numpy().ravel() for part in parts])
+        algorithm, steps = saved["algorithm"], saved["done"].get("online", 0)
+        name = f"{algorithm} ({path.name})"
+        if steps > 0:
+            online = args.get("online_algorithm", algorithm)  # the baselines have their own
+            name = f"{algorithm} + {online} {steps:,} ({path.name})"
+        hidden = tuple(args["policy_hidden"])
+        points.append(Point(name, saved["task"], hidden, vector))
     for path, point in zip(paths, points):
-        if point.task != points[0].task:
-            raise BadInput(f"{paths[0]} is of {points[0].task} and {path} of {point.task}: one task is needed.")
-        if point.sizes != points[0].sizes:
-            sizes = " and ".join("-".join(map(str, p.sizes)) for p in (points[0], point))
-            raise BadInput(f"The policies of {paths[0]} and {path} differ in shape ({sizes}): nothing is between them.")
+        if point.task["env_id"] != points[0].task["env_id"]:
+            ids = f"{points[0].task['env_id']} and {point.task['env_id']}"
+            sys.exit(f"error: {paths[0]} and {path} are of {ids}: name checkpoints of one task.")
+        if point.hidden != points[0].hidden or len(point.vector) != len(points[0].vector):
+            shapes = f"{points[0].hidden} and {point.hidden}"
+            sys.exit(f"error: {paths[0]} and {path} differ in shape, {shapes}: take alike ones.")
     return points
-
-
-def build(vector: np.ndarray, sizes: tuple[int, ...]) -> Policy:
-    """The policy of a vector. Its standard deviation stays at its start, where it plays no part."""
-    policy = Policy(sizes[0], sizes[-1], sizes[1:-1])
-    parts, start = mean_policy(policy.state_dict(), sizes[-1]), 0
-    for part in parts.values():  # they are views of the policy's own tensors
-        part.copy_(torch.as_tensor(vector[start : start + part.numel()]).view_as(part))
-        start += part.numel()
-    return policy
 
 
 # ---- rollouts
 @functools.cache
-def environments(task: str, n: int) -> list[TaskEnv]:
-    return [TaskEnv(TASKS[task]) for _ in range(n)]
+def environments(task: str, n: int) -> list[smac.TaskEnv]:
+    return [smac.TaskEnv(smac.Task(**json.loads(task))) for _ in range(n)]
 
 
 def start_worker() -> None:
     """Ctrl-C is the parent's to handle: what is being rolled out comes to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    smac.set_up(smac.Args(device="cpu"))
 
 
-def roll_out(key: tuple, paths: tuple[Path, ...], weights: tuple, seed: int, episodes: range) -> list[tuple]:
-    """Rows of points.csv, (*key, episode, return, length, score), of the policy A + x (B - A) + y (C - A) ..."""
-    first, *others = (read_point(path) for path in paths)  # cached: a worker reads each checkpoint once
-    vector = first.vector + sum(w * (other.vector - first.vector) for w, other in zip(weights, others))
-    envs = environments(first.task, len(episodes))
-    results = evaluate(build(vector, first.sizes), envs, [episode_seed(seed, FINAL, i) for i in episodes])
-    return [(*key, i, r, n, float(envs[0].task.score(r, last))) for i, (r, n, last) in zip(episodes, results)]
+def roll_out(key: tuple, vector: np.ndarray, point: Point, seed: int, episodes: range) -> list:
+    """Rows of points.csv: (*key, episode, return, length, normalized)."""
+    envs = environments(json.dumps(point.task), len(episodes))
+    seeds = [smac.episode_seed(seed, smac.FINAL, episode) for episode in episodes]
+    obs, _ = envs[0].reset(seeds[0])
+    policy = build(vector, point.hidden, len(obs), envs[0].action_space.shape[0])
+    smac.rollout(policy, envs, seeds)
+    rows = []
+    for episode, env in zip(episodes, envs):
+        rows.append((*key, episode, sum(env.rewards), len(env.actions), env.normalized_return()))
+    return rows
 
 
-def read_rows(path: Path, header: str) -> dict[tuple, float]:
-    """(*key, episode): score, of the whole lines in points.csv; a line that was cut off is cut away."""
-    text = path.read_text() if path.exists() else ""
+def read_rows(path: Path) -> dict[tuple, float]:
+    """(*key, episode): normalized return, of the whole lines; one that was cut off is cut away."""
+    text = path.read_text()
     text = text[: text.rfind("\n") + 1]
-    if text:
-        os.truncate(path, len(text.encode()))
-    else:
-        path.write_text(header)
-    rows = (row[:-3] + row[-1:] for row in csv.reader(text.splitlines()[1:]))
-    return {(*key, int(episode)): float(score) for *key, episode, score in rows}
+    os.truncate(path, len(text.encode()))
+    done = {}
+    for *key, episode, _, _, normalized in csv.reader(text.splitlines()[1:]):
+        done[*key, int(episode)] = float(normalized)
+    return done
 
 
 def digest(*vectors: np.ndarray) -> str:
-    return hashlib.sha1(b"".join(v.tobytes() for v in vectors)).hexdigest()[:12]
+    return hashlib.sha1(b"".join(vector.tobytes() for vector in vectors)).hexdigest()[:12]
 
 
-def scores_of(args: Shared, axes: tuple[str, ...], about: dict, points: dict[tuple, tuple]) -> np.ndarray:
-    """(points, episodes): scores from points.csv where they are there, rolled out where not. `points` has the paths and
-    weights of each key; `about` is what has to be the same for the rows in points.csv to count."""
+def returns_of(args: Shared, axes: tuple, point: Point, vectors: dict, about: list) -> np.ndarray:
+    """(points, episodes): normalized returns of the policies {key: vector}, from points.csv where
+    they are there, rolled out where not. `about` has to be the same for those to count."""
     args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(about | dict(axes=axes, seed=args.seed))
-    if (args.out / "about.json").exists() and (args.out / "about.json").read_text() != text:
-        raise BadInput(f"{args.out} holds another landscape: name another folder with --out.")
-    if not (args.out / "about.json").exists():
-        (args.out / "about.tmp").write_text(text)
-        os.replace(args.out / "about.tmp", args.out / "about.json")
-    done = read_rows(args.out / "points.csv", ",".join([*axes, "episode", "return", "length", "score\n"]))
-    parts = [range(i, min(i + TOGETHER, args.episodes)) for i in range(0, args.episodes, TOGETHER)]
-    todo = [(k, p) for k in points for p in parts if any((*k, i) not in done for i in p)]
-    work = [(k, *points[k], args.seed, p) for k, p in todo]
-    bar = tqdm(total=len(points) * len(parts), initial=len(points) * len(parts) - len(todo), desc="rollouts")
-    jobs = min(args.jobs or os.cpu_count() or 1, len(work))
-    with bar, open(args.out / "points.csv", "a", buffering=1) as f, contextlib.ExitStack() as stack:
-        finished = (roll_out(*w) for w in work)
-        if jobs > 1:
-            context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in whatever state
-            pool = stack.enter_context(ProcessPoolExecutor(jobs, context, start_worker))
+    text = json.dumps([*about, args.seed, point.task])
+    table, about_file = args.out / "points.csv", args.out / "about.json"
+    if not about_file.exists():
+        table.write_text(",".join([*axes, "episode", "return", "length", "normalized\n"]))
+        about_file.write_text(text)
+    if about_file.read_text() != text:
+        sys.exit(f"error: {args.out} holds another landscape: name another folder with --out.")
+    done = read_rows(table)
+    work = []
+    for key, vector in vectors.items():
+        for start in range(0, args.episodes, TOGETHER):
+            episodes = range(start, min(start + TOGETHER, args.episodes))
+            if any((*key, episode) not in done for episode in episodes):
+                work.append((key, vector, point, args.seed, episodes))
+    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads as they are
+    with open(table, "a", buffering=1) as f, contextlib.ExitStack() as stack:
+        if args.jobs > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(args.jobs, context, start_worker))
             stack.callback(pool.shutdown, cancel_futures=True)  # Ctrl-C: no new ones
-            finished = (future.result() for future in as_completed([pool.submit(roll_out, *w) for w in work]))
+            futures = [pool.submit(roll_out, *part) for part in work]
+            results = (future.result() for future in as_completed(futures))
+        else:
+            results = (roll_out(*part) for part in work)
         try:
-            for rows in finished:
+            for rows in tqdm(results, "rollouts", total=len(work), disable=not work):
                 csv.writer(f, lineterminator="\n").writerows(rows)
-                done |= {row[: len(axes) + 1]: row[-1] for row in rows}
-                bar.update()
+                for row in rows:
+                    done[row[: len(axes) + 1]] = row[-1]
         except KeyboardInterrupt:
-            raise BadInput(f"Stopped; {args.out / 'points.csv'} is kept: the same command goes on.", 130) from None
-    return np.array([[done[*k, i] for i in range(args.episodes)] for k in points])
+            sys.exit(f"stopped; {table} is kept: the same command goes on.")
+    return np.array([[done[*key, i] for i in range(args.episodes)] for key in vectors])
 
 
-# ---- verdicts: pure functions of mean scores (points, ...) in the line's order
-def valley(t: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How far the score falls below the chord between its two ends at most, and where."""
-    t = t.reshape(-1, *[1] * (scores.ndim - 1))
-    gap = scores[0] + (scores[-1] - scores[0]) * t - scores
+# ---- verdicts: pure functions of mean returns (points, ...) in the line's order
+def valley(t: np.ndarray, returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far they fall below the chord between the two ends at most, and where."""
+    t = t.reshape(-1, *[1] * (returns.ndim - 1))
+    gap = returns[0] + (returns[-1] - returns[0]) * t - returns
     return gap.max(0), t.ravel()[gap.argmax(0)]
 
 
-def setback(scores: np.ndarray, rising: bool) -> np.ndarray:
-    """The largest way back against the direction from the first end to the last: 0 for a monotone curve."""
-    scores = scores if rising else -scores
-    return (np.maximum.accumulate(scores) - scores).max(0)
+def setback(returns: np.ndarray, rising: bool) -> np.ndarray:
+    """The largest way back against the direction from the first end to the last: 0 if monotone."""
+    returns = returns if rising else -returns
+    return (np.maximum.accumulate(returns) - returns).max(0)
 
 
-def resampled(scores: np.ndarray) -> np.ndarray:
-    """(points, 2000): mean scores over episodes drawn with replacement, the same ones at every point."""
-    n = scores.shape[1]
-    return scores[:, np.random.default_rng(0).integers(n, size=(2000, n))].mean(-1)
+def resampled(returns: np.ndarray) -> np.ndarray:
+    """(points, 2000): means over episodes drawn with replacement, the same ones at every point."""
+    n = returns.shape[1]
+    return returns[:, np.random.default_rng(0).integers(n, size=(2000, n))].mean(-1)
 
 
 def interval(draws: np.ndarray) -> np.ndarray:
     return np.percentile(draws, (2.5, 97.5), axis=-1)
 
 
-def judge(t: np.ndarray, scores: np.ndarray, tolerance: float) -> dict:
-    """The verdict on scores (points, episodes) at t in 0..1, with 95 % bootstrap intervals over episodes. Depth and
-    setback are maxima over noisy points, so they lean upwards: few episodes make a flat line look rough."""
-    mean, draws = scores.mean(1), resampled(scores)
+def judge(t: np.ndarray, returns: np.ndarray, tolerance: float) -> dict:
+    """The verdict on returns (points, episodes) at t in 0..1, with 95 % bootstrap intervals over
+    episodes. Depth and setback are maxima over noisy points, so they lean upwards: few episodes
+    make a flat line look rough."""
+    mean, draws = returns.mean(1), resampled(returns)
     rising = bool(mean[-1] >= mean[0])
     depth, where = valley(t, mean)
-    back, low_high = setback(mean, rising), interval(setback(draws, rising))
-    words = "monotone" if low_high[1] <= tolerance else "not monotone" if low_high[0] > tolerance else "undecided"
-    numbers = dict(depth=float(depth), depth_interval=interval(valley(t, draws)[0]).tolist(), where=float(where))
-    return numbers | dict(setback=float(back), setback_interval=low_high.tolist(), monotone=words)
+    low, high = interval(setback(draws, rising))
+    monotone = "undecided"
+    if high <= tolerance:
+        monotone = "monotone"
+    elif low > tolerance:
+        monotone = "not monotone"
+    return dict(
+        depth=float(depth),
+        depth_interval=interval(valley(t, draws)[0]).tolist(),
+        where=float(where),
+        setback=float(setback(mean, rising)),
+        setback_interval=[float(low), float(high)],
+        monotone=monotone,
+    )
 
 
 def sentence(name: str, v: dict, tolerance: float) -> str:
     (a, b), (c, d) = v["depth_interval"], v["setback_interval"]
-    depth = f"deepest valley {v['depth']:.1f} points below the chord [{a:.1f}, {b:.1f}] at t = {v['where']:.2f}"
+    depth = f"deepest valley {v['depth']:.1f} points below the chord [{a:.1f}, {b:.1f}]"
     back = f"largest way back {v['setback']:.1f} points [{c:.1f}, {d:.1f}]"
-    return f"{name}: {depth}; {v['monotone']} ({back}, {tolerance:g} count as level)"
+    verdict = f"{v['monotone']} ({back}, {tolerance:g} count as level)"
+    return f"{name}: {depth} at t = {v['where']:.2f}; {verdict}"
 
 
 # ---- the three pictures
@@ -279,160 +293,153 @@ def finish(args: Shared, figure, name: str, lines: list[str]) -> None:
 
 
 def line(args: Line) -> None:
-    paths = [choose(args.a, "offline.pt"), choose(args.b or args.a, "last.pt")]
     if args.b is None and not args.a.is_dir():
-        raise BadInput(f"{args.a} is one checkpoint: name a second one, or a run folder.")
-    if args.points < 2 or args.beyond < 0:
-        raise BadInput("--points: a line has two at least; --beyond: 0 or more.")
+        sys.exit(f"error: {args.a} is one checkpoint: name a second one, or a run folder.")
+    paths = [choose(args.a, "offline.pt"), choose(args.b or args.a, "last.pt")]
     args.out = args.out or default_folder("line", paths)
     a, b = read_points(paths)
     more = round(args.beyond * (args.points - 1))
     t = np.round(np.arange(-more, args.points + more) / (args.points - 1), 6)
-    points = {(f"{x:g}",): (tuple(paths), (x,)) for x in t}
-    scores = scores_of(args, ("t",), dict(task=a.task, ends=digest(a.vector, b.vector)), points)
+    vectors = {(f"{x:g}",): a.vector + x * (b.vector - a.vector) for x in t}
+    returns = returns_of(args, ("t",), a, vectors, [digest(a.vector, b.vector)])
     inside = (t >= 0) & (t <= 1)
-    verdict = judge(t[inside], scores[inside], args.tolerance)
+    verdict = judge(t[inside], returns[inside], args.tolerance)
 
-    mean, (low, high) = scores.mean(1), interval(resampled(scores))
+    mean, (low, high) = returns.mean(1), interval(resampled(returns))
     ends = mean[inside][[0, -1]]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    axes.plot(t, mean, ".-", label="mean score")
+    axes.plot(t, mean, ".-", label="mean")
     axes.fill_between(t, low, high, alpha=0.2, linewidth=0, label="95 % interval over episodes")
-    axes.plot([0, 1], ends, "--", color="black", linewidth=0.8, label="chord")
+    axes.plot([0, 1], ends, "o--", color="black", linewidth=0.8, label="chord")
     if verdict["depth"] > 0:
-        x, chord = verdict["where"], ends[0] + verdict["where"] * (ends[1] - ends[0])
+        x = verdict["where"]
+        chord = ends[0] + x * (ends[1] - ends[0])
         label = f"deepest valley: {verdict['depth']:.1f} at t = {x:.2f}"
         axes.vlines(x, chord - verdict["depth"], chord, color="tab:red", label=label)
-    axes.plot([0, 1], ends, "o", color="black")
-    for x, score in zip((0, 1), ends):
-        axes.annotate(f"{score:.1f}", (x, score), textcoords="offset points", xytext=(8, 8))
-    for score, name, color in (
-        (a.handed_over, "hand-over, in training", "tab:green"),
-        (args.dataset_score, "dataset", "gray"),
-    ):
-        if score is not None:
-            axes.axhline(score, color=color, linestyle=":", label=f"{name}: {score:.1f}")
-    title = f"{a.task}: policies on the line between two checkpoints, {args.episodes} episodes a point"
-    axes.set(xlabel=f"t: 0 is {a.name}, 1 is {b.name}", ylabel="D4RL score", title=title)
-    axes.grid(alpha=0.3), axes.legend()
-    head = f"{a.task}: {a.name} scores {ends[0]:.1f}, {b.name} {ends[1]:.1f}, {args.episodes} episodes a point"
+    for x, value in zip((0, 1), ends):
+        axes.annotate(f"{value:.1f}", (x, value), textcoords="offset points", xytext=(8, 8))
+    dataset = a.task["mean_normalized_return"]
+    axes.axhline(dataset, color="gray", linestyle=":", label=f"dataset, mean: {dataset:.1f}")
+    title = f"{a.task['env_id']}: policies on the line between two checkpoints, {args.episodes}"
+    axes.set(xlabel=f"t: 0 is {a.name}, 1 is {b.name}", ylabel="normalized return")
+    axes.set_title(f"{title} episodes a point")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    head = f"{a.task['env_id']}: {a.name} returns {ends[0]:.1f}, {b.name} {ends[1]:.1f}"
     finish(args, figure, "line", [head, sentence("line", verdict, args.tolerance)])
 
 
 def plane(args: Plane) -> None:
-    names = ("offline.pt", "last.pt", "last.pt")
-    paths = [choose(path, name) for path, name in zip((args.a, args.b, args.c), names)]
+    paths = [choose(args.a, "offline.pt"), choose(args.b, "last.pt"), choose(args.c, "last.pt")]
     args.out = args.out or default_folder("plane", paths)
     a, b, c = read_points(paths)
     grid = np.unique(np.round([*np.linspace(args.low, args.high, args.points), 0, 1], 6))
-    points = {(f"{x:g}", f"{y:g}"): (tuple(paths), (x, y)) for y in grid for x in grid}
-    about = dict(task=a.task, ends=digest(a.vector, b.vector, c.vector))
-    scores = scores_of(args, ("x", "y"), about, points).reshape(len(grid), len(grid), -1)
-    inside, zero, mean = (grid >= 0) & (grid <= 1), list(grid).index(0), scores.mean(-1)
-    lines = [f"{a.task}, {args.episodes} episodes a point"]
-    for name, side in ((b.name, scores[zero, inside]), (c.name, scores[inside, zero])):
+    right, up = b.vector - a.vector, c.vector - a.vector
+    vectors = {}
+    for y in grid:
+        for x in grid:
+            vectors[f"{x:g}", f"{y:g}"] = a.vector + x * right + y * up
+    about = [digest(a.vector, b.vector, c.vector)]
+    returns = returns_of(args, ("x", "y"), a, vectors, about).reshape(len(grid), len(grid), -1)
+    mean, inside = returns.mean(-1), (grid >= 0) & (grid <= 1)
+    zero, one = list(grid).index(0), list(grid).index(1)
+    lines = [f"{a.task['env_id']}, {args.episodes} episodes a point"]
+    for name, side in ((b.name, returns[zero, inside]), (c.name, returns[inside, zero])):
         verdict = judge(grid[inside], side, args.tolerance)
         lines.append(sentence(f"{a.name} to {name}", verdict, args.tolerance))
     y, x = np.unravel_index(mean.argmax(), mean.shape)
     lines.append(f"best of the plane: {mean.max():.1f} at x = {grid[x]:.2f}, y = {grid[y]:.2f}")
 
     figure, axes = plt.subplots(figsize=(8.5, 6), layout="constrained")
-    filled = axes.contourf(grid, grid, mean, MaxNLocator(20).tick_values(mean.min(), mean.max()))
-    figure.colorbar(filled, label="D4RL score")
+    levels = MaxNLocator(20).tick_values(mean.min(), mean.max())
+    filled = axes.contourf(grid, grid, mean, levels)
+    figure.colorbar(filled, label="normalized return")
     axes.plot(*np.meshgrid(grid, grid), ".", color="white", markersize=1.5, alpha=0.6)
-    one = list(grid).index(1)
-    for x, y, point, score, marker in (
-        (0, 0, a, mean[zero, zero], "o"),
-        (1, 0, b, mean[zero, one], "^"),
-        (0, 1, c, mean[one, zero], "s"),
-    ):
-        label = f"{point.name}: {score:.1f}"
-        axes.plot(x, y, marker, color="red", markeredgecolor="white", markersize=10, linestyle="", label=label)
-    title = f"{a.task}: policies on the plane through three checkpoints, {args.episodes} episodes a point"
-    axes.set(xlabel=f"x: towards {b.name}", ylabel=f"y: towards {c.name}", title=title)
-    notes = [f"hand-over {a.handed_over:.1f}"] if a.handed_over is not None else []
-    notes += [f"dataset {args.dataset_score:.1f}"] if args.dataset_score is not None else []
-    figure.legend(title=", ".join(notes) or None, loc="outside lower center", ncols=3)
+    corners = [(0, 0, a, mean[zero, zero], "o"), (1, 0, b, mean[zero, one], "^")]
+    corners.append((0, 1, c, mean[one, zero], "s"))
+    style = dict(color="red", markeredgecolor="white", markersize=10, linestyle="")
+    for x, y, point, value, marker in corners:
+        axes.plot(x, y, marker, label=f"{point.name}: {value:.1f}", **style)
+    title = f"{a.task['env_id']}: policies on the plane through three checkpoints, {args.episodes}"
+    axes.set(xlabel=f"x: towards {b.name}", ylabel=f"y: towards {c.name}")
+    axes.set_title(f"{title} episodes a point", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3)
     finish(args, figure, "plane", lines)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """A training's network checkpoints in the order of their steps, each set of weights once."""
-    named = [(re.fullmatch(r"(offline|online)-(\d+)", p.stem), p) for p in run.glob("*.pt")]
-    found = [(m[1], int(m[2]), p) for m, p in named if m]
-    ends = [("offline", 10**12, run / "offline.pt"), ("online", 10**12, run / "last.pt")]
-    paths = [path for *_, path in sorted(found + [end for end in ends if end[2].exists()])]
-    same = {digest(read_point(path).vector): path for path in reversed(paths)}
-    if len(same) < 4:
-        raise BadInput(f"{run} holds {len(same)} different policies: train with --keep-every N to have more.")
-    return [path for path in paths if path in same.values()]
+    """A training's network checkpoints in the order of their steps: offline-5000.pt, ..."""
+    found = []
+    for path in run.glob("*.pt"):
+        kept = re.fullmatch(r"(offline|online)-(\d+)", path.stem)
+        if kept:
+            found.append((kept[1], int(kept[2]), path))
+    if len(found) < 4:
+        sys.exit(f"error: {run} has {len(found)} checkpoints kept: train with --keep-every N.")
+    return [path for *_, path in sorted(found)]
 
 
-def embed(vectors: np.ndarray, pca: bool) -> tuple[np.ndarray, tuple[str, str]]:
-    """(n, 2) coordinates and the axes' names."""
-    if pca:
-        centered = vectors - vectors.mean(0)
-        left, sizes, _ = np.linalg.svd(centered, full_matrices=False)
-        share = 100 * sizes**2 / (sizes**2).sum()
-        return left[:, :2] * sizes[:2], tuple(f"component {i + 1} ({share[i]:.0f} % of the variance)" for i in (0, 1))
-    from sklearn.manifold import TSNE
-
-    tsne = TSNE(perplexity=min(30.0, (len(vectors) - 1) / 3), init="pca", random_state=0)
-    return tsne.fit_transform(vectors.astype(np.float32)), ("t-SNE 1", "t-SNE 2")
+def embed(vectors: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """(n, 2) coordinates, the first two principal components, and the axes' names."""
+    left, sizes, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    share = 100 * sizes**2 / (sizes**2).sum()
+    names = [f"component {i + 1} ({share[i]:.0f} % of the variance)" for i in (0, 1)]
+    return left[:, :2] * sizes[:2], names
 
 
 def path(args: Trajectory) -> None:
-    if not args.pca and importlib.util.find_spec("sklearn") is None:
-        raise BadInput("path needs scikit-learn for t-SNE (pip install scikit-learn); --pca works without.")
-    runs = {run: checkpoints(run) for run in args.runs}
-    paths = list(dict.fromkeys(p for found in runs.values() for p in found))
+    paths = [path for run in args.runs for path in checkpoints(run)]
     args.out = args.out or default_folder("path", list(args.runs))
-    points = dict(zip(paths, read_points(paths)))
-    keys = {(f"{p.parent.name}/{p.name}", digest(points[p].vector)): ((p,), ()) for p in paths}  # training may go on
-    task = points[paths[0]].task
-    scores = scores_of(args, ("checkpoint", "weights"), dict(task=task), keys)
-    mean, at = scores.mean(1), {p: i for i, p in enumerate(paths)}
-    xy, labels = embed(np.array([points[p].vector for p in paths]), args.pca)
+    points = read_points(paths)
+    vectors = {}
+    for path, point in zip(paths, points):  # by its weights too: training may go on
+        vectors[f"{path.parent.name}/{path.name}", digest(point.vector)] = point.vector
+    axis_names = ("checkpoint", "weights")
+    mean = returns_of(args, axis_names, points[0], vectors, ["path"]).mean(1)
+    xy, labels = embed(np.array([point.vector for point in points]))
 
     figure, axes = plt.subplots(figsize=(8.5, 6), layout="constrained")
-    lines = [f"{task}, {args.episodes} episodes a checkpoint"]
-    for marker, (run, found) in zip("os^Dv<>P" * len(runs), runs.items()):
-        i, way = [at[p] for p in found], np.array([points[p].vector for p in found])
-        source = Path(points[found[0]].args.get("init_from") or "").resolve()
-        start = [at[p] for p in paths if p.resolve() == source]
-        axes.plot(*xy[start + i].T, "-", color="gray", linewidth=0.8, zorder=1)
-        shown = axes.scatter(*xy[i].T, c=mean[i], marker=marker, vmin=mean.min(), vmax=mean.max(), zorder=2)
-        axes.plot([], [], marker, color="gray", label=points[found[-1]].name.split(" (")[0])
-        for p in {found[0], found[-1], *(p for p in found if p.name == "offline.pt")}:
-            label = f"{'hand-over' if p.name == 'offline.pt' else p.stem}: {mean[at[p]]:.0f}"
-            axes.annotate(label, xy[at[p]], textcoords="offset points", xytext=(6, 6), fontsize=8)
+    lines = [f"{points[0].task['env_id']}, {args.episodes} episodes a checkpoint"]
+    for marker, run in zip("os^Dv<>P" * len(args.runs), args.runs):
+        of_run = [i for i, path in enumerate(paths) if path.parent == run]
+        axes.plot(*xy[of_run].T, "-", color="gray", linewidth=0.8, zorder=1)
+        color = dict(c=mean[of_run], vmin=mean.min(), vmax=mean.max(), zorder=2)
+        shown = axes.scatter(*xy[of_run].T, marker=marker, **color)
+        axes.plot([], [], marker, color="gray", label=points[of_run[-1]].name.split(" (")[0])
+        offline = [i for i in of_run if paths[i].stem.startswith("offline")]
+        for i in {of_run[0], of_run[-1], *offline[-1:]}:  # the last offline one is the hand-over
+            label = f"{paths[i].stem}: {mean[i]:.0f}"
+            axes.annotate(label, xy[i], textcoords="offset points", xytext=(6, 6), fontsize=8)
+        way = np.array([points[i].vector for i in of_run])
         length = np.linalg.norm(np.diff(way, axis=0), axis=1).sum()
         far = np.linalg.norm(way[-1] - way[0])
         moved = f"{length:.1f} long, {far:.1f} from end to end, in the space of the parameters"
-        lines.append(f"{run}: score {mean[i[0]]:.1f} to {mean[i[-1]]:.1f}, lowest {mean[i].min():.1f}; {moved}")
-    figure.colorbar(shown, label="D4RL score")
-    title = f"{task}: {len(paths)} policies along training, {args.episodes} episodes each"
-    axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
+        first, last, lowest = mean[of_run[0]], mean[of_run[-1]], mean[of_run].min()
+        lines.append(f"{run}: {first:.1f} to {last:.1f}, lowest {lowest:.1f}; {moved}")
+    figure.colorbar(shown, label="normalized return")
+    title = f"{points[0].task['env_id']}: {len(paths)} policies along training"
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=f"{title}, {args.episodes} episodes each")
     axes.margins(0.12)
     axes.legend()
     finish(args, figure, "path", lines)
 
 
 def default_folder(kind: str, paths: list[Path]) -> Path:
-    names = [f"{p.resolve().parent.name}-{p.stem}" if p.suffix == ".pt" else p.resolve().name for p in paths]
-    name = "__".join([kind, *names])
-    short = name if len(name) <= 200 else f"{name[:190]}-{hashlib.sha1(name.encode()).hexdigest()[:8]}"
-    return Path("landscapes") / short
+    names = [kind]
+    for path in paths:
+        of_run = path.resolve().parent.name
+        names.append(f"{of_run}-{path.stem}" if path.suffix == ".pt" else path.resolve().name)
+    return Path("landscapes") / "__".join(names)[:200]
 
 
 def main() -> None:
     kinds = {Line: line, Plane: plane, Trajectory: path}
     names = [Annotated[kind, tyro.conf.subcommand(run.__name__)] for kind, run in kinds.items()]
     args = tyro.cli(Union[*names], description=__doc__)
-    if args.episodes < 2 or args.jobs < 0:
-        raise BadInput("--episodes must be at least 2, for an interval, and --jobs at least 0.")
+    if args.episodes < 2:
+        sys.exit("error: --episodes: 2 at least, for an interval.")
     plt.switch_backend("Agg")
-    torch.set_num_threads(1)
+    smac.set_up(smac.Args(device="cpu"))
     kinds[type(args)](args)
 
 

@@ -1,10 +1,9 @@
-"""What the tests share: tiny flags, a tiny dataset, runs of the script in this process or in one of their own."""
+"""What the tests share: tiny flags, tiny datasets, runs in this process or in one of their own."""
 
 import contextlib
 import csv
 import io
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -13,7 +12,6 @@ from pathlib import Path
 from unittest import mock
 
 import h5py
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -24,61 +22,96 @@ SCRIPT = ROOT / "smac_offline_to_online.py"
 
 # Every phase has several checkpoints and evaluations, and steps after the last of them.
 TINY = shlex.split("""
-    --device cpu --score-steps 50 --score-batch-size 16 --score-hidden 16 --score-blocks 1 --score-condition-hidden 16
-    --offline-steps 50 --offline-batch-size 16 --num-critics 3 --critic-hidden 16 16 --policy-hidden 16 16
-    --online-steps 80 --warmup-steps 30 --online-batch-size 16 --eval-every 25 --eval-episodes 2 --final-episodes 2
+    --device cpu --score-steps 50 --score-batch-size 16 --score-hidden 16 --score-blocks 1
+    --score-condition-hidden 16 --offline-steps 50 --offline-batch-size 16 --num-critics 3
+    --critic-hidden 16 16 --policy-hidden 16 16 --online-steps 80 --warmup-steps 30
+    --online-batch-size 16 --eval-every 25 --eval-episodes 2 --final-episodes 2
     --log-every 5 --checkpoint-every 20
 """)
+HOPPER = dict(
+    format="smac-dataset-1",
+    env_id="Hopper-v5",
+    env_kwargs="{}",
+    max_episode_steps=1000,
+    family="locomotion",
+    goals=0,
+    reward_scale=1.0,
+    reward_bias=0.0,
+    return_0=-20.272305,
+    return_100=3234.3,
+    mean_normalized_return=1.0,
+)
 
 
-def parse(*given) -> "smac.SimpleNamespace":
-    """The script's flags as it would see them with `given` on its command line."""
-    with mock.patch.object(sys, "argv", [str(SCRIPT), *map(str, given)]):
-        return smac.parse_flags()
+def parse(*flags) -> tuple["smac.Args", "smac.Task"]:
+    """SMAC's flags and task as the script would see them with `flags` on its command line."""
+    with mock.patch.object(sys, "argv", [str(SCRIPT), *map(str, flags)]):
+        return smac.parse_args()
 
 
-def hopper_file(path: Path, episodes: int = 15, seed: int = 0, **changes) -> Path:
-    """D4RL-layout file of random actions in the real environment; `changes` replace its columns (None: left out)."""
-    env, rng = smac.TaskEnv(smac.TASKS["hopper-embedded"]), np.random.default_rng(seed)
-    rows = []
-    for episode in range(episodes):
-        (obs, _), done = env.reset(seed=seed + episode), False
-        while not done:
-            action = rng.uniform(-1, 1, 3).astype(np.float32)
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            rows.append((obs, action, reward, terminated, truncated))
-            obs, done = next_obs, terminated or truncated
-    names = ("observations", "actions", "rewards", "terminals", "timeouts")
-    return write_hdf5(path, dict(zip(names, map(np.array, zip(*rows)))) | changes)
-
-
-def write_hdf5(path: Path, columns: dict) -> Path:
+def prepared_file(path: Path, columns: dict, **attributes) -> Path:
+    """A file as data/prepare.py writes it, of Hopper-v5 where `attributes` do not say otherwise.
+    What is None is left out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as f:
         for name, values in columns.items():
             if values is not None:
                 f[name] = values
+        for name, value in (HOPPER | attributes).items():
+            if value is not None:
+                f.attrs[name] = value
     return path
 
 
-def run_here(*given) -> Path:
-    """main() in this process, without another start's seconds of imports. Returns the run folder."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    out = io.StringIO()
+def hopper_file(path: Path, episodes: int = 15, seed: int = 0, **changes) -> Path:
+    """Episodes of random actions in the real environment, the last one broken off before its end.
+    `changes` replace columns or attributes; max_episode_steps=10 makes time-outs."""
+    attributes = HOPPER | {name: x for name, x in changes.items() if name in HOPPER}
+    values = dict(attributes, env_kwargs={})
+    env = smac.TaskEnv(smac.Task(*(values[name] for name in smac.Task._fields)))
+    rng = np.random.default_rng(seed)
+    rows = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed + episode)
+        steps, terminated, truncated = [], False, False
+        while not (terminated or truncated):
+            action = rng.uniform(-1, 1, 3)
+            next_obs, reward, terminated, truncated, _ = env.step(action.astype(np.float32))
+            truncated = truncated or (episode == episodes - 1 and len(steps) == 5)
+            steps.append([obs, action, reward, terminated, terminated])
+            obs = next_obs
+        if not terminated:  # one row more, which shows the last state
+            steps.append([obs, np.zeros(3), 0.0, False, True])
+        rows += [(*step, sum(env.rewards)) for step in steps]
+    names = ("observations", "actions", "rewards", "terminals", "ends", "returns")
+    columns = {name: np.array(column) for name, column in zip(names, zip(*rows))}
+    for name in ("observations", "actions", "rewards", "returns"):
+        columns[name] = columns[name].astype(np.float32)
+    columns |= {name: x for name, x in changes.items() if name in columns}
+    return prepared_file(path, columns, **attributes)
+
+
+def run_here(main_module, *flags) -> Path:
+    """main() of a script in this process, without another start's seconds of imports. Returns the
+    run's folder, which it prints on a line of its own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    words, out = [main_module.__file__, *map(str, flags)], io.StringIO()
     try:
-        with mock.patch.object(sys, "argv", [str(SCRIPT), *map(str, given)]), contextlib.redirect_stdout(out):
-            smac.main()
+        with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(out):
+            main_module.main()
     finally:
-        plt.close("all")
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    return Path(re.search("^run folder: (.*)$", out.getvalue(), re.MULTILINE)[1])
+    print(out.getvalue())  # for capsys, and where a test fails
+    return next(Path(line) for line in out.getvalue().splitlines() if Path(line).is_dir())
 
 
 def start(*command) -> subprocess.Popen:
-    """`python command...` in the repository: the script in a process of its own, or ("-c", code, flags...)."""
+    """`python command...`, with the repository's modules: a script, or ("-c", code, flags...)."""
     environment = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -105,7 +138,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def same(a, b) -> bool:
-    """Whether two trees of dicts, lists, tensors and numbers are equal to the last bit (a NaN equals no NaN)."""
+    """Whether two trees of dicts, lists, tensors and numbers are equal to the last bit."""
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):

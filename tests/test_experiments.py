@@ -1,8 +1,9 @@
-"""experiments/: sweeps that are killed, reports from known numbers, landscapes with known shapes."""
+"""experiments/: sweeps that are killed, reports of known numbers, landscapes of known shapes."""
 
-import gzip
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, load, parse, rows_of
+from helpers import ROOT, TINY, finish, load, rows_of, run_here, start
 
 import smac_offline_to_online as smac
 
@@ -24,18 +25,24 @@ import landscape
 import report
 import sweep
 
-# A script with the run folder of ours: it counts to --online-steps in tenths of a second, saves itself when asked to
-# stop, goes on with --resume, needs its --init-from, and fails for the seed 13 as long as the file `broken` is there.
+with mock.patch.dict(os.environ, DISPLAY=":0"):  # or it would choose how this process renders
+    import video
+
+BASELINES = ("td3_bc", "iql", "cal_ql")
+
+# A script with the run folder of ours: it counts to --online-steps in tenths of a second, saves
+# itself when asked to stop, goes on with --resume, needs its --init-from, and fails for the seed 13
+# as long as the file `broken` is there.
 FAKE = """
 import argparse, json, os, signal, sys, time
 from pathlib import Path
 p = argparse.ArgumentParser()
-for name in ("task", "seed", "online-algorithm", "init-from", "runs-dir", "online-steps", "resume"):
+for name in "dataset seed online-algorithm init-from runs-dir online-steps resume".split():
     p.add_argument("--" + name)
 args = p.parse_args()
 if args.init_from and not Path(args.init_from).exists():
     sys.exit("no checkpoint")
-folder = Path(args.resume or f"{args.runs_dir}/{args.task}__fake__{args.seed}__20260101-{time.time_ns() % 10**6:06}")
+folder = Path(args.resume or f"{args.runs_dir}/x__fake__{args.seed}__20260101-{time.time_ns()}")
 if not args.resume:
     folder.mkdir()
     (folder / "last.pt").write_text(json.dumps([0, vars(args)]))
@@ -43,7 +50,8 @@ step, flags = json.loads((folder / "last.pt").read_text())
 asked = []
 signal.signal(signal.SIGINT, lambda *_: asked.append(1))
 with open(folder / "starts", "a") as f:
-    print(os.getpid(), step, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"], file=f)
+    about = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"]
+    print(os.getpid(), step, *about, file=f)
 if flags["seed"] == "13" and Path("broken").exists():
     sys.exit("unlucky")
 while step < int(flags["online_steps"] or 0):
@@ -53,9 +61,15 @@ while step < int(flags["online_steps"] or 0):
     time.sleep(0.1)
     step += 1
 (folder / "offline.pt").touch()
-rows = ["step,phase,episode,return,length,score", "9,final,0,1,1,40", "9,final,1,1,1,60", ""]
+rows = ["step,phase,episode,return,length,normalized", "9,final,0,1,1,40", "9,final,1,1,1,60", ""]
 (folder / "evaluations.csv").write_text("\\n".join(rows))
+(folder / "curve.png").touch()
 """
+
+
+def run_main(module, monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
+    module.main()
 
 
 # ---- sweep
@@ -68,9 +82,11 @@ def place(tmp_path):
 
 def start_sweep(place, text, *flags) -> subprocess.Popen:
     if text:
-        (place / "grid.toml").write_text(f"runs_dir = 'out'\nscript = '{place / 'fake.py'}'\n{text}")
+        head = f"runs_dir = 'out'\nscript = '{place / 'fake.py'}'\n"
+        (place / "grid.toml").write_text(head + text)
     command = [sys.executable, str(ROOT / "experiments" / "sweep.py"), "grid.toml", *flags]
-    return subprocess.Popen(command, cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=place, **pipes)
 
 
 def run_sweep(place, text, *flags) -> tuple[int, str]:
@@ -81,25 +97,20 @@ def run_sweep(place, text, *flags) -> tuple[int, str]:
 
 def wait_for(condition, seconds=200):
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
-    return found
 
 
 def status(place) -> dict[str, str]:
-    return {row["run"].split("/")[-1]: row["status"] for row in rows_of(place / "out" / "status.csv")}
+    return {row["run"]: row["status"] for row in rows_of(place / "out" / "status.csv")}
 
 
 def starts(place) -> list[list[str]]:
-    return [line.split() for p in sorted(place.rglob("starts")) for line in p.read_text().splitlines()]
-
-
-def jobs_of(path, monkeypatch, tmp_path) -> list:
-    for name in ("smac_offline_to_online", "td3_bc", "iql", "cal_ql"):  # a sweep file may be ahead of the scripts
-        (tmp_path / f"{name}.py").touch()
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    return sweep.expand(*sweep.read_groups(sweep.Args(file=path)))
+    lines = []
+    for path in sorted(place.rglob("starts")):
+        lines += [line.split() for line in path.read_text().splitlines()]
+    return lines
 
 
 SWEEPS = {
@@ -116,40 +127,52 @@ SWEEPS = {
 }
 
 
+def jobs_of(name) -> list[sweep.Job]:
+    return sweep.expand(sweep.Args(file=ROOT / "experiments" / "sweeps" / f"{name}.toml"))
+
+
 def test_every_sweep_file_is_counted():
-    assert sorted(p.stem for p in (ROOT / "experiments" / "sweeps").glob("*.toml")) == sorted(SWEEPS)
+    files = (ROOT / "experiments" / "sweeps").glob("*.toml")
+    assert sorted(path.stem for path in files) == sorted(SWEEPS)
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_a_sweep_file_has_its_runs_and_only_flags_that_exist(name, monkeypatch, tmp_path):
-    jobs = jobs_of(ROOT / "experiments" / "sweeps" / f"{name}.toml", monkeypatch, tmp_path)
+def test_a_sweep_file_has_its_runs_and_only_flags_that_exist(name):
+    jobs = jobs_of(name)
     assert len(jobs) == SWEEPS[name] == len({job.folder for job in jobs})
-    seen = set()
+    assert all(len(str(job.folder)) < 100 for job in jobs)
+    commands = {}  # one for each script and set of flags, whatever the seed and dataset
     for job in jobs:
         flags = {k: v for k, v in job.flags.items() if k not in ("seed", "dataset")}
-        if job.script == "smac_offline_to_online.py" and str(flags) not in seen:
-            seen.add(str(flags))
-            parse(*sweep.words(flags))
+        commands[job.script, str(flags)] = flags
+    for (script, _), flags in commands.items():
+        module = importlib.import_module(Path(script).stem)
+        smac.tyro.cli(module.Args, args=sweep.words(flags))
+        assert flags.get("preset", "auto") in ("auto", *module.PRESETS)
 
 
-def test_the_transfer_table_starts_every_online_run_from_its_own_pretraining(monkeypatch, tmp_path):
-    jobs = jobs_of(ROOT / "experiments" / "sweeps" / "paper-table-1.toml", monkeypatch, tmp_path)
-    online = [job for job in jobs if job.group == "online"]
-    pairs = {(j.parent.script, j.flags["task"], j.flags["seed"], j.flags["online-algorithm"]) for j in online}
-    assert len(pairs) == 4 * 6 * 4 * 4 and {j.script for j in online} == {"smac_offline_to_online.py"}
+def test_the_transfer_table_starts_every_online_run_from_its_own_pretraining():
+    online = [job for job in jobs_of("paper-table-1") if job.table == "online"]
+    pairs = set()
     for job in online:
-        assert (job.parent.flags["task"], job.parent.flags["seed"]) == (job.flags["task"], job.flags["seed"])
+        assert job.script == "smac_offline_to_online.py"
         assert job.parent.flags["online-steps"] == 0
+        for flag in ("seed", "dataset"):
+            assert job.flags[flag] == job.parent.flags[flag]
         command = sweep.command(job)
-        assert command[command.index("--init-from") + 1] == f"{job.parent.folder}/RUN/offline.pt"
+        source = command[command.index("--init-from") + 1]
+        assert source == f"{job.parent.folder}/RUN/offline.pt"
+        pairs.add((source, job.flags["online-algorithm"]))
+    assert len(pairs) == 4 * 6 * 4 * 4
 
 
 def test_words_on_the_command_line():
-    assert sweep.words({"kappa": 0.1, "track": True, "score-return": False, "critic-hidden": [8, 16]}) == (
-        ["--kappa", "0.1", "--track", "--no-score-return", "--critic-hidden", "8", "16"]
-    )
-    grid = sweep.read_grid(("seed=0,1", "critic-hidden=8 8,16 16", "score-return=false"))
-    assert grid == {"seed": ["0", "1"], "critic-hidden": [["8", "8"], ["16", "16"]], "score-return": [False]}
+    flags = {"kappa": 0.1, "track": True, "score-return": False, "critic-hidden": [8, 16]}
+    words = ["--kappa", "0.1", "--track", "--no-score-return", "--critic-hidden", "8", "16"]
+    assert sweep.words(flags) == words
+    grid = sweep.read_grid(("seed=0,1", "critic_hidden=8 8,16 16", "score-return=false"))
+    hidden = [["8", "8"], ["16", "16"]]
+    assert grid == {"seed": ["0", "1"], "critic-hidden": hidden, "score-return": [False]}
 
 
 @pytest.mark.parametrize(
@@ -158,53 +181,63 @@ def test_words_on_the_command_line():
         ("seed = [0, 1", "cannot be read as a TOML file"),
         ("[a]\nscript = 'no_such.py'", "no such file"),
         ("[a]\nseed = [1, 1]", "would share"),
-        ("[a]\ninit-from = '{b}/offline.pt'\n[b]", "no such group stands above"),
+        ("[a]\ninit-from = '{b}/offline.pt'\n[b]", "move that table above it"),
         ("[a]\n[b]\ninit-from = '{a}/offline.pt'\nseed = 1", "leave it out there"),
-        ("seed = 1", "No runs"),
+        ("seed = 1", "has no table"),
     ],
 )
 def test_a_sweep_file_with_a_mistake_is_one_sentence(place, text, sentence):
-    code, output = run_sweep(place, text)
-    assert code == 2 and sentence in output and len(output.splitlines()) == 1
+    (place / "grid.toml").write_text(text)
+    with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
+        sweep.expand(sweep.Args(file=place / "grid.toml"))
 
 
 def test_a_run_that_fails_costs_only_those_that_start_from_it(place):
     (place / "broken").touch()
-    text = "task = 'x'\n[a]\nseed = [0, 13, 2]\n[b]\ninit-from = '{a}/offline.pt'"
+    text = "dataset = 'x'\n[a]\nseed = [0, 13]\n[b]\ninit-from = '{a}/offline.pt'"
     code, output = run_sweep(place, text, "--jobs", "2", "--gpus", "3", "4")
-    states = list(status(place).values())
-    assert code == 1 and states == ["finished", "failed", "finished", "finished", "blocked", "finished"], output
-    failed = next(row for row in rows_of(place / "out" / "status.csv") if row["status"] == "failed")
-    assert failed["exit_code"] == "1" and "unlucky" in (place / failed["log"]).read_text()
-    assert {row["score"] for row in rows_of(place / "out" / "status.csv")} == {"50.0", ""}
-    assert {line[2] for line in starts(place)} == {"3", "4"} and {line[3] for line in starts(place)} == {"1"}
+    assert code == 1, output
+    states = {"a/seed=0": "finished", "a/seed=13": "failed"}
+    assert status(place) == states | {"b/seed=0": "finished", "b/seed=13": "blocked"}
+    assert "unlucky" in (place / "out" / "a" / "seed=13" / "log.txt").read_text()
+    results = [row["normalized"] for row in rows_of(place / "out" / "status.csv")]
+    assert results == ["50.0", "", "50.0", ""]
+    assert {line[2] for line in starts(place)} == {"3", "4"}
+    assert {line[3] for line in starts(place)} == {"1"}
 
     (place / "broken").unlink()
     before = len(starts(place))
     code, output = run_sweep(place, "", "--jobs", "2")
     assert code == 0 and set(status(place).values()) == {"finished"}, output
-    assert len(starts(place)) == before + 2  # the failed one and the one that waited for it; no other again
+    assert len(starts(place)) == before + 2  # the failed one, and the one that waited for it
+
+    changed = (place / "grid.toml").read_text().replace("'x'", "'y'")
+    (place / "grid.toml").write_text(changed)
+    code, output = run_sweep(place, "")
+    assert code == 1 and "runs with other flags" in output
 
 
 def test_ctrl_c_lets_the_runs_save_and_the_same_command_goes_on(place):
-    process = start_sweep(place, "task = 'x'\nonline-steps = 25\n[a]\nseed = [0, 1]", "--jobs", "1")
+    text = "dataset = 'x'\nonline-steps = 15\n[a]\nseed = [0, 1]"
+    process = start_sweep(place, text, "--jobs", "1")
     wait_for(lambda: starts(place))
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=200)[0]
-    assert process.returncode == 130 and "To go on: python" in output
+    assert process.returncode == 130 and "to go on: python" in output
     assert list(status(place).values()) == ["stopped", "waiting"]
     (run,) = place.rglob("last.pt")
     saved = json.loads(run.read_text())[0]
-    assert 0 < saved < 25
+    assert 0 < saved < 15
 
     code, output = run_sweep(place, "", "--jobs", "2")
     assert code == 0 and set(status(place).values()) == {"finished"}, output
-    assert [line[1] for line in starts(place)].count(str(saved)) == 1 and len(list(place.rglob("last.pt"))) == 2
+    assert [line[1] for line in starts(place)].count(str(saved)) == 1
+    assert len(list(place.rglob("last.pt"))) == 2
 
 
 def test_a_run_that_outlives_its_killed_sweep_is_not_started_twice(place):
-    process = start_sweep(place, "task = 'x'\nonline-steps = 30\n[a]\nseed = 0")
+    process = start_sweep(place, "dataset = 'x'\nonline-steps = 20\n[a]\nseed = 0")
     wait_for(lambda: starts(place))
     process.kill()
     process.communicate()
@@ -214,205 +247,180 @@ def test_a_run_that_outlives_its_killed_sweep_is_not_started_twice(place):
     assert len(starts(place)) == 1 and list(status(place).values()) == ["finished"]
 
 
-def test_without_ray_there_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(SystemExit) as e:
-        sweep.Ray(sweep.Args(ray_address="auto"))
-    assert e.value.code == 2 and "pip install ray" in capsys.readouterr().err
-
-
-def test_ray_runs_the_same_jobs(place):
-    pytest.importorskip("ray")
-    (place / "broken").touch()
-    text = "task = 'x'\n[a]\nseed = [0, 13]\n[b]\ninit-from = '{a}/offline.pt'"
-    code, output = run_sweep(place, text, "--ray-address", "local", "--jobs", "2")
-    assert code == 1 and list(status(place).values()) == ["finished", "failed", "finished", "blocked"], output
-
-
-def test_the_smoke_sweep_with_the_real_scripts_cut_once(tmp_path):
-    """It stops in the pretraining and goes on; the online run starts from the checkpoint of the resumed one."""
+def test_the_smoke_sweep_with_the_real_script(tmp_path):
+    """The online run starts from the checkpoint of the pretraining."""
     file = ROOT / "experiments" / "sweeps" / "smoke.toml"
-    command = [sys.executable, str(ROOT / "experiments" / "sweep.py"), str(file), "--runs-dir", str(tmp_path)]
-    command += ["--jobs", "1", "--grid", "checkpoint-every=25", "eval-every=1000", "device=cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: list(tmp_path.rglob("last.pt")))
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=200)
-    position = load(next(tmp_path.rglob("last.pt")))["position"]
-    assert process.returncode == 130 and position.get("offline", 0) < 200
-
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    grid = ["--grid", "device=cpu", "score-steps=20", "offline-steps=20"]
+    command = [ROOT / "experiments" / "sweep.py", file, "--runs-dir", tmp_path, *grid]
+    code, out, error = finish(start(*command))
+    assert code == 0, out + error
     assert [row["status"] for row in rows_of(tmp_path / "status.csv")] == ["finished", "finished"]
-    first, second = (next((tmp_path / group).glob("*/*/config.json")) for group in ("pretrain", "online"))
-    config = json.loads(second.read_text())
-    assert config["init_from"] == str(first.parent / "offline.pt") and config["online_algorithm"] == "sac"
-    assert len(list(tmp_path.rglob("config.json"))) == 2  # the cut run was resumed, not made anew
+    (first,) = tmp_path.glob("pretrain/run/*/offline.pt")
+    (second,) = tmp_path.glob("online/run/*/config.json")
+    assert json.loads(second.read_text())["init_from"] == str(first)
 
 
 # ---- report
-def write_run(folder, algorithm, online, seed, curves, final=50.0, **flags) -> Path:
-    """A run folder with these curves, {phase: {step: score}}, two episodes around each score."""
-    path = folder / f"{flags.get('task', 'hopper-embedded')}__{algorithm}__{seed}__20260101-00000{seed}"
+def write_run(folder, algorithm, online, seed, curves, final=50.0, old=True, **flags) -> Path:
+    """A run folder with these curves, {phase: {step: mean}}, two episodes around each mean; in the
+    layout of docs/results, or of today."""
+    task = flags.pop("task", "hopper-embedded")
+    path = folder / f"{task}__{algorithm}__{seed}__20260101-00000{seed}"
     path.mkdir(parents=True)
-    config = dict(task="hopper-embedded", seed=seed, algorithm=algorithm, online_algorithm=online, init_from=None)
-    config |= dict(offline_steps=10, online_steps=60, warmup_steps=10, kappa=1.0, runs_dir=str(folder)) | flags
-    (path / "config.json").write_text(json.dumps(config))
-    rows = [(t, phase, x) for phase, curve in (curves | {"final": {99: final}}).items() for t, x in curve.items()]
-    lines = [f"{t},{phase},{i},0,1,{x + (2 * i - 1)}\n" for t, phase, x in rows for i in (0, 1)]
-    (path / "evaluations.csv").write_text("step,phase,episode,return,length,score\n" + "".join(lines))
-    cosines = [f"{t},offline,cosine_{k},{t / 100}\n" for t in (5, 10) for k in ("data", "policy", "uniform")]
-    (path / "metrics.csv").write_text("step,phase,name,value\n5,offline,q,3\n" + "".join(cosines))
+    config = dict(seed=seed, algorithm=algorithm, init_from=None, offline_steps=10)
+    config |= dict(online_steps=60, warmup_steps=10, kappa=1.0, runs_dir=str(folder))
+    if online:
+        config["online_algorithm"] = online
+    if old:
+        config["task"] = task
+    else:
+        config |= dict(dataset=f"data/{task}.hdf5", task=dict(env_id="Hopper-v5"))
+    (path / "config.json").write_text(json.dumps(config | flags))
+    lines = [f"step,phase,episode,return,length,{'score' if old else 'normalized'}\n"]
+    for phase, curve in (curves | {"final": {99: final}}).items():
+        for step, mean in curve.items():
+            lines += [f"{step},{phase},0,0,1,{mean - 1}\n", f"{step},{phase},1,0,1,{mean + 1}\n"]
+    (path / "evaluations.csv").write_text("".join(lines))
+    lines = ["step,phase,name,value\n", "5,offline,q,3\n"]
+    for step in (5, 10):
+        for kind in ("data", "policy", "uniform"):
+            lines.append(f"{step},offline,cosine_{kind},{step / 100}\n")
+    (path / "metrics.csv").write_text("".join(lines))
     return path
 
 
-def make_report(out, *words) -> dict[tuple, dict]:
+def make_report(monkeypatch, out, *words) -> dict[tuple, dict]:
     """The rows of groups.csv by (task, offline, online, variant)."""
-    with mock.patch.object(sys, "argv", ["report.py", *map(str, words), "--out", str(out)]):
-        report.main()
-    return {tuple(row[k] for k in ("task", "offline", "online", "variant")): row for row in rows_of(out / "groups.csv")}
+    run_main(report, monkeypatch, *words, "--out", out)
+    keys = ("task", "offline", "online", "variant")
+    return {tuple(row[key] for key in keys): row for row in rows_of(out / "groups.csv")}
 
 
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory):
-    """Two tasks. Best score of Hopper: 90. Regrets there: smac 30+10+0+20 and 40+20+10+10 (mean 70), iql 110 + 150 /
-    2 = 130, from iql's checkpoint to td3 100. Walker: 30 for smac, 10 for iql."""
+    """Two tasks. Best of Hopper: 90. Regrets there: SMAC 30+10+40+0 and 40+20+10+10 (mean 80), IQL
+    110 and 150 (mean 130), from IQL's checkpoint to TD3 100. Walker: 30 for SMAC, 10 for IQL."""
     folder = tmp_path_factory.mktemp("numbers")
     # the early part ends at 10 + 0.2 (60 - 10) = 20
-    write_run(folder / "a", "smac", "sac", 0, dict(offline={0: 0, 10: 61}, online={0: 60, 20: 80, 40: 90, 60: 70}))
-    write_run(folder / "a", "smac", "sac", 1, dict(offline={0: 0, 10: 50}, online={0: 50, 20: 70, 40: 80, 60: 80}))
-    write_run(folder / "b", "iql", "sac", 0, dict(offline={0: 2, 10: 62}, online={0: 60, 20: 30, 40: 80, 60: 80}))
-    write_run(folder / "b", "iql", "sac", 1, dict(offline={0: 2, 10: 50}, online={0: 50, 20: 40, 40: 60, 60: 60}))
-    source = write_run(folder / "c" / "pretrain", "iql", "none", 2, dict(offline={0: 2, 10: 66}))
+    for seed, algorithm, offline, online in [
+        (0, "smac", {0: 0, 10: 61}, {0: 60, 20: 80, 40: 50, 60: 90}),
+        (1, "smac", {0: 0, 10: 50}, {0: 50, 20: 70, 40: 80, 60: 80}),
+        (0, "iql", {0: 2, 10: 62}, {0: 60, 20: 30, 40: 80, 60: 80}),
+        (1, "iql", {0: 2, 10: 50}, {0: 50, 20: 40, 40: 60, 60: 60}),
+    ]:
+        write_run(folder / "a", algorithm, "sac", seed, dict(offline=offline, online=online))
+    source = write_run(folder / "pretrain", "iql", "none", 2, dict(offline={0: 2, 10: 66}))
     init = dict(init_from=str(source / "offline.pt"))
-    write_run(folder / "c" / "online", "smac", "td3", 2, dict(online={0: 65, 20: 65, 40: 65, 60: 65}), **init)
-    walker = dict(task="walker2d-medium-v2")
+    flat = dict(online={0: 65, 20: 65, 40: 65, 60: 65})
+    write_run(folder / "online", "smac", "td3", 2, flat, **init)
+    walker = dict(task="walker2d-medium-v2", old=False)
     write_run(folder / "a", "smac", "sac", 2, dict(online={0: 20, 60: 30}), **walker)
-    write_run(folder / "b", "iql", "sac", 3, dict(online={0: 30, 60: 40}), **walker)
+    write_run(folder / "a", "iql", "sac", 3, dict(online={0: 30, 60: 40}), **walker)
     unfinished = write_run(folder / "d", "iql", "sac", 4, dict(online={0: 99, 60: 99}))
     text = (unfinished / "evaluations.csv").read_text()
     (unfinished / "evaluations.csv").write_text(text[: text.index("99,final")])
     return folder
 
 
-def test_the_numbers_of_a_report_by_hand(numbers, tmp_path):
-    rows = make_report(tmp_path, numbers)
-    smac_, iql = (rows["hopper-embedded", name, "sac", ""] for name in ("smac", "iql"))
-    assert [float(smac_[k]) for k in ("transfer", "early", "last", "best", "final")] == [55, 20, 75, 85, 50]
-    assert [float(iql[k]) for k in ("transfer", "early", "last", "best")] == [55, -20, 70, 70]
-    assert (float(smac_["transfer_low"]), float(smac_["transfer_high"])) == (50, 60) and smac_["transfers"] == "60 / 50"
-    regret = {key: float(row["regret"]) for key, row in rows.items() if key[0] == "hopper-embedded"}
-    assert regret == {
-        ("hopper-embedded", "smac", "sac", ""): 70,
-        ("hopper-embedded", "iql", "sac", ""): 130,
-        ("hopper-embedded", "iql", "td3", ""): 100,
-    }
-    assert [float(row["normalised"]) for row in (smac_, iql)] == [0, 1]
-    assert float(rows["hopper-embedded", "iql", "td3", ""]["normalised"]) == 0.5
-    table = {(r["offline"], r["online"]): r for r in rows_of(tmp_path / "transfer.csv")}
-    assert float(table["smac", "sac"]["normalised_regret"]) == 0.5 == float(table["iql", "sac"]["normalised_regret"])
-    assert table["smac", "sac"]["paper"] == "0.031" and table["iql", "td3"]["environments"] == "1"
+def test_the_numbers_of_a_report_by_hand(numbers, tmp_path, monkeypatch):
+    """Of run folders in the old layout and in today's."""
+    rows = make_report(monkeypatch, tmp_path, numbers)
+    ours, iql = (rows["hopper-embedded", name, "SAC", ""] for name in ("SMAC", "IQL"))
+    names = ("hand-over", "worst early", "last", "best", "gap", "final")
+    assert [float(ours[name]) for name in names] == [55, 55, 85, 85, 15, 50]
+    assert [float(iql[name]) for name in names] == [55, 35, 70, 70, 12.5, 50]
+    assert [float(ours[f"hand-over {end}"]) for end in ("low", "high")] == [50, 60]
+    assert ours["each hand-over"] == "60 / 50"
+    to_td3 = rows["hopper-embedded", "IQL", "TD3", ""]
+    assert [float(row["regret"]) for row in (ours, iql, to_td3)] == [80, 130, 100]
+    assert [float(row["normalised"]) for row in (ours, iql, to_td3)] == [0, 1, 0.4]
+    pairs = {(row["offline"], row["online"]): row for row in rows_of(tmp_path / "transfer.csv")}
+    for offline in ("SMAC", "IQL"):
+        assert float(pairs[offline, "SAC"]["normalised regret"]) == 0.5
+    assert float(pairs["SMAC", "SAC"]["paper"]) == 0.031
+    assert pairs["IQL", "TD3"]["datasets"] == "1"
     text = (tmp_path / "report.md").read_text()
-    assert "| smac | 0.500 (0.031) | – |" in text and "curve_walker2d-medium-v2.png" in text
+    assert "| SMAC | 0.500 (0.031) | – |" in text and "curve_walker2d-medium-v2.png" in text
     assert (tmp_path / "identity_hopper-embedded.png").exists()
 
 
-def test_a_baselines_own_runs_are_read_and_a_pretraining_is_no_online_run(tmp_path):
-    """td3_bc, iql and cal_ql have no flag for the online algorithm; sweeps pretrain with --online-steps 0."""
-    for seed, steps in ((0, 60), (1, 0)):
-        curves = dict(offline={0: 2, 10: 62}) | (dict(online={0: 60, 20: 30, 60: 80}) if steps else {})
-        folder = write_run(tmp_path / "runs", "iql", "sac", seed, curves, online_steps=steps)
-        config = json.loads((folder / "config.json").read_text())
-        del config["online_algorithm"]
-        (folder / "config.json").write_text(json.dumps(config))
-        write_run(tmp_path / "runs", "smac", "sac", seed, curves, online_steps=steps)
-    rows = make_report(tmp_path / "out", tmp_path / "runs")
-    assert {key[1:3]: row["seeds"] for key, row in rows.items()} == {
-        ("iql", "iql"): "1",
-        ("iql", "none"): "1",
-        ("smac", "sac"): "1",
-        ("smac", "none"): "1",
+def test_a_report_has_the_numbers_that_the_script_prints(dataset, tmp_path, monkeypatch, capsys):
+    flags = ["--dataset", dataset, "--runs-dir", tmp_path, *TINY, "--eval-every", 10]
+    run_here(smac, *flags, "--policy-average-rate", 0.1, "--policy-lr", 0.01)
+    out = capsys.readouterr().out
+    make_report(monkeypatch, tmp_path / "out", tmp_path)
+    (row,) = rows_of(tmp_path / "out" / "runs.csv")
+    for theirs, name in {
+        "at the hand-over": "hand-over",
+        "worst early": "worst early",
+        "last": "last",
+        "best": "best",
+        "mean gap to the best": "gap",
+        "final, new episodes": "final",
+    }.items():
+        printed = re.search(rf"^ +{theirs} +(-?[\d.]+)$", out, re.MULTILINE)
+        assert abs(float(printed[1]) - float(row[name])) <= 0.0501, name
+    assert float(row["gap"]) > 0 and row["task"] == "hopper"
+
+
+def test_methods_have_the_names_that_people_use(tmp_path, monkeypatch):
+    curves = dict(offline={0: 2, 10: 62}, online={0: 60, 20: 30, 60: 80})
+    write_run(tmp_path, "smac", "td3+bc", 0, curves, old=False)
+    write_run(tmp_path, "cal_ql", None, 1, curves, old=False, calibrate=True)
+    write_run(tmp_path, "cal_ql", None, 2, curves, old=False, calibrate=False)
+    write_run(tmp_path, "smac", "awr", 3, curves, old=False, offline_steps=0)
+    pretraining = dict(offline=curves["offline"])
+    write_run(tmp_path, "td3_bc", None, 4, pretraining, old=False, online_steps=0)
+    elsewhere = "/b/hopper__iql__5__20260101-000005b/offline.pt"
+    write_run(tmp_path, "smac", "sac", 5, curves, old=False, init_from=elsewhere)
+    assert {run.key[1:3] for run in report.read_runs((tmp_path,))} == {
+        ("SMAC", "TD3+BC"),
+        ("Cal-QL", "its own"),
+        ("CQL", "its own"),
+        ("none", "AWR"),
+        ("TD3+BC", "none"),
+        ("IQL", "SAC"),
     }
 
 
-def test_runs_that_differ_in_more_than_the_seed_are_named(tmp_path, capsys):
+def test_runs_that_differ_in_more_than_the_seed_are_named(tmp_path, monkeypatch, capsys):
     curves = dict(online={0: 60, 60: 80})
-    write_run(tmp_path / "a", "smac", "sac", 0, curves, git_commit="one")
-    write_run(tmp_path / "b", "smac", "sac", 0, curves, git_commit="two", kappa=0.5)
+    write_run(tmp_path / "a", "smac", "sac", 0, curves, commit="one")
+    write_run(tmp_path / "b", "smac", "sac", 0, curves, commit="two", kappa=0.5)
     write_run(tmp_path / "c", "iql", "sac", 0, curves)
     write_run(tmp_path / "d", "iql", "sac", 1, curves)
-    make_report(tmp_path / "out", *(tmp_path / k for k in "abcd"))
-    (line,) = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "not only" in line]
-    assert "smac to sac" in line and "git_commit, kappa, seed 0 2 times" in line
-    assert "not only seeds differ" in capsys.readouterr().err
+    make_report(monkeypatch, tmp_path / "out", tmp_path)
+    text = (tmp_path / "out" / "report.md").read_text()
+    (line,) = [line for line in text.splitlines() if "see --by" in line]
+    assert "SMAC to SAC" in line and "kappa, commit, seed 0 2 times" in line
+    assert "see --by" in capsys.readouterr().err
 
 
-def test_a_cut_off_file_costs_its_own_run_alone(tmp_path, capsys):
+def test_a_cut_off_file_costs_its_own_run_alone(tmp_path, monkeypatch, capsys):
     curves = dict(online={0: 60, 60: 80})
     write_run(tmp_path, "smac", "sac", 0, curves)
-    for seed, name, text in ((1, "evaluations.csv", "99,final,2,0,"), (2, "config.json", "")):
-        torn = write_run(tmp_path, "smac", "sac", seed, curves) / name
-        torn.write_text(torn.read_text() + text if text else '{"task": "hop')
-    rows = make_report(tmp_path / "out", tmp_path)
+    with open(write_run(tmp_path, "smac", "sac", 1, curves) / "evaluations.csv", "a") as f:
+        f.write("99,final,2,0,")
+    (write_run(tmp_path, "smac", "sac", 2, curves) / "config.json").write_text('{"task": "hop')
+    rows = make_report(monkeypatch, tmp_path / "out", tmp_path)
     assert [row["seeds"] for row in rows.values()] == ["1"]
-    assert "__1__" in (err := capsys.readouterr().err) and "__2__" in err and "2 unfinished of 3" in err
-
-
-@pytest.mark.parametrize(
-    "value, kept",
-    [
-        ("/a/b/c/d/e.pt", "c/d/e.pt"),
-        ("--init-from=/a/b/c/d/e.pt", "--init-from=c/d/e.pt"),
-        ("/a/b/c/seed=0/e.pt", "c/seed=0/e.pt"),  # as sweep.py names folders
-        (["x", "/a/b/c/d"], ["x", "b/c/d"]),
-        ("runs/a", "runs/a"),
-        ("/home/me/smac/iql.py", "iql.py"),
-        (
-            [{"command": ["/home/me/smac/iql.py", "--resume", "/a/b/c/d"]}],
-            [{"command": ["iql.py", "--resume", "b/c/d"]}],
-        ),
-        (3, 3),
-    ],
-)
-def test_what_is_kept_names_no_machines_folders(value, kept):
-    assert report.short(value) == kept
-
-
-def test_runs_are_not_collected_into_their_own_folder(tmp_path):
-    write_run(tmp_path, "smac", "sac", 0, dict(online={0: 60, 60: 80}))
-    with pytest.raises(SystemExit):
-        make_report(tmp_path / "out", tmp_path, "--collect", tmp_path / "kept")
-    assert not (tmp_path / "kept").exists()
-
-
-def test_a_report_of_what_was_collected_is_the_same_to_the_last_byte(numbers, tmp_path):
-    long = next(numbers.glob("a/*smac__0__*")) / "metrics.csv"
-    long.write_text(long.read_text() + "".join(f"{t},online,q,1\n" for t in range(10_000)))
-    make_report(tmp_path / "first", numbers, "--collect", tmp_path / "kept")
-    make_report(tmp_path / "second", tmp_path / "kept")
-    tables = ["groups.csv", "report.md", "runs.csv", "transfer.csv"]
-    assert sorted(p.name for p in (tmp_path / "first").iterdir() if p.suffix != ".png") == tables
-    for name in tables:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
-    kept = [p for p in (tmp_path / "kept").rglob("*") if p.is_file()]
-    assert {p.name for p in kept} == {"config.json", "evaluations.csv", "metrics.csv", "metrics.csv.gz"}
-    assert not any("__4__" in str(p) for p in kept)  # not finished
-    assert not any(str(numbers) in p.read_text() for p in kept if p.suffix != ".gz")
-    (packed,) = (p for p in kept if p.suffix == ".gz")
-    assert gzip.decompress(packed.read_bytes()) == long.read_bytes() and packed.stat().st_size < long.stat().st_size / 5
+    err = capsys.readouterr().err
+    assert "__1__" in err and "__2__" in err and "2 unfinished of 3" in err
 
 
 def test_a_run_from_a_checkpoint_has_the_offline_phase_of_the_other(numbers):
-    (child,) = (run for run in report.read_runs((numbers,)) if run.config["init_from"])
-    assert child.offline == "iql" and child.curve("offline") == {0: 2, 10: 66}
+    (child,) = [run for run in report.read_runs((numbers,)) if run.config["init_from"]]
+    assert child.offline == "IQL" and child.curve("offline") == {0: 2, 10: 66}
     assert report.read_cosines(child, "offline")["data"] == {5: 0.05, 10: 0.1}
-    (alone,) = report.read_runs((numbers / "c" / "online",))  # the other one is not there: its name tells what it was
-    assert alone.offline == "iql" and alone.curve("offline") == {}
+    (alone,) = report.read_runs((numbers / "online",))
+    assert alone.offline == "IQL" and alone.curve("offline") == {}
 
 
-def test_variants(tmp_path):
-    for i, flags in enumerate([dict(), dict(), dict(kappa=0.0), dict(tau=0.1, kappa=0.0), dict()]):
-        write_run(tmp_path / str(i), "smac", "sac", i, dict(online={0: 10.0 * i, 60: 90}), **(dict(tau=0.01) | flags))
+def test_variants(tmp_path, monkeypatch):
+    usual = dict(tau=0.01, kappa=1.0)
+    for i, flags in enumerate([{}, {}, dict(kappa=0.0), dict(tau=0.1, kappa=0.0), {}]):
+        curves = dict(online={0: 10.0 * i, 60: 90})
+        write_run(tmp_path / str(i), "smac", "sac", i, curves, **(usual | flags))
     for by, names in {
         "all": ["default", "kappa=0.0", "kappa=0.0, tau=0.1"],
         "kappa": ["kappa=0.0", "kappa=1.0"],
@@ -421,8 +429,19 @@ def test_variants(tmp_path):
         runs = report.read_runs((tmp_path,))
         report.name_variants(runs, (by,))
         assert sorted({run.variant for run in runs}) == names
-    groups = make_report(tmp_path / "out", tmp_path, "--by", "kappa")
-    assert {key[3]: row["seeds"] for key, row in groups.items()} == {"kappa=0.0": "2", "kappa=1.0": "3"}
+    groups = make_report(monkeypatch, tmp_path / "out", tmp_path, "--by", "kappa")
+    seeds = {key[3]: row["seeds"] for key, row in groups.items()}
+    assert seeds == {"kappa=0.0": "2", "kappa=1.0": "3"}
+
+
+def test_datasets_of_one_environment_are_compared_by_dataset(tmp_path):
+    for seed, task in enumerate(("hopper-every-4", "hopper-embedded")):
+        write_run(tmp_path, "smac", "sac", seed, dict(online={0: 1, 60: 2}), old=False, task=task)
+    assert {run.task for run in report.read_runs((tmp_path,))} == {
+        "hopper-every-4",
+        "hopper-embedded",
+    }
+    assert {run.task for run in report.read_runs((tmp_path,), ("dataset",))} == {"Hopper-v5"}
 
 
 def test_the_bootstrap_of_two_seeds_reaches_from_one_to_the_other():
@@ -431,22 +450,14 @@ def test_the_bootstrap_of_two_seeds_reaches_from_one_to_the_other():
     assert np.isnan(report.bootstrap(np.array([1.0]))[1])
 
 
-@pytest.mark.parametrize("words, sentence", [(["{}"], "no run folder"), (["{}/a", "--by", "kapa"], "no flag of these")])
-def test_a_report_of_nothing_is_one_sentence(words, sentence, tmp_path, capsys):
-    if len(words) > 1:
-        write_run(tmp_path / "a", "smac", "sac", 0, dict(online={0: 1, 60: 2}))
-    with pytest.raises(SystemExit) as e:
-        make_report(tmp_path / "out", *(word.format(tmp_path) for word in words))
-    message = capsys.readouterr().err
-    assert e.value.code == 2 and sentence in message and len(message.splitlines()) == 1
+def test_a_report_of_nothing_is_one_sentence(numbers, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="error: no finished run"):
+        make_report(monkeypatch, tmp_path / "out", numbers / "d")
+    with pytest.raises(SystemExit, match="error: --by kapa"):
+        make_report(monkeypatch, tmp_path / "out", numbers / "a", "--by", "kapa")
 
 
 # ---- landscape
-def landscape_main(monkeypatch, *words) -> None:
-    monkeypatch.setattr(sys, "argv", ["landscape.py", *map(str, words)])
-    landscape.main()
-
-
 def changed(path: Path, new: Path, change) -> Path:
     """A copy of a checkpoint after change(dictionary)."""
     saved = load(path)
@@ -455,123 +466,131 @@ def changed(path: Path, new: Path, change) -> Path:
     return new
 
 
-def iql_shaped(saved):
-    """A deviation of its own beside a head of means only, as IQL's policy, and no average."""
-    agent = {k: v for k, v in saved["agent"].items() if not k.startswith("policy")}
-    agent |= {k.replace("_average", ""): v for k, v in saved["agent"].items() if k.startswith("policy_average")}
-    for part in ("weight", "bias"):
-        agent[f"policy.head.{part}"] = agent[f"policy.head.{part}"][:3].clone()
-    agent["policy.log_std"] = torch.zeros(3)
-    saved["args"]["algorithm"], saved["agent"] = "iql", agent
+def move_bias(saved, step=1.0):
+    saved["agent"]["policy_average.head.bias"] += step
 
 
-def test_a_vector_holds_the_deterministic_policy(reference, tmp_path):
-    saved, point = load(reference / "last.pt"), landscape.read_point(reference / "last.pt")
-    policy = smac.Policy(11, 3, (16, 16))
-    prefix = "policy_average."
-    policy.load_state_dict({k.removeprefix(prefix): v for k, v in saved["agent"].items() if k.startswith(prefix)})
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """Checkpoints of the other scripts with the tiny networks, as they save them."""
+    folder, paths = tmp_path_factory.mktemp("foreign"), {}
+    for name in BASELINES:
+        script = importlib.import_module(name)
+        sizes = dict(num_critics=3, critic_hidden=(16, 16), policy_hidden=(16, 16))
+        args = script.Args(**sizes)
+        agent = script.Agent(11, 3, args)
+        for p in agent.parameters():
+            p.data.add_(0.1 * torch.randn(p.shape))
+        paths[name] = folder / f"{name}.pt"
+        saved = dict(format="smac-checkpoint-2", algorithm=script.ALGORITHM, args=vars(args))
+        torch.save(saved | dict(agent=agent.state_dict(), done={}), paths[name])
+        paths[f"{name} agent"] = agent
+    return paths
+
+
+def test_a_vector_holds_the_deterministic_policy(reference):
+    """SMAC's is the averaged one: moving the other moves nothing."""
+    saved, s = load(reference / "last.pt"), torch.randn(5, 11)
+    agent = smac.Agent(11, 3, smac.Args(**saved["args"]))
+    agent.load_state_dict(saved["agent"])
+    agent.policy.head.bias.data.add_(1)
+    (point,) = landscape.read_points([reference / "last.pt"])
+    policy = landscape.build(point.vector, point.hidden, 11, 3)
+    assert torch.equal(policy.mode(s), agent.policy_average.mode(s))
+    assert not torch.equal(policy.mode(s), agent.policy.mode(s))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_policies_of_the_other_scripts_are_read(name, foreign):
     s = torch.randn(5, 11)
-    assert point.sizes == (11, 16, 16, 3)
-    assert torch.equal(landscape.build(point.vector, point.sizes).mode(s), policy.mode(s))
-    other = landscape.read_point(changed(reference / "last.pt", tmp_path / "iql.pt", iql_shaped))
-    assert np.array_equal(point.vector, other.vector) and other.name.startswith("iql")
-
-
-def test_smacs_averaged_policy_counts(reference, tmp_path):
-    def move(part):
-        return lambda saved: saved["agent"][f"{part}.head.bias"].add_(1)
-
-    start = landscape.read_point(reference / "last.pt").vector
-    single = landscape.read_point(changed(reference / "last.pt", tmp_path / "single.pt", move("policy"))).vector
-    averaged = landscape.read_point(
-        changed(reference / "last.pt", tmp_path / "average.pt", move("policy_average"))
-    ).vector
-    assert np.array_equal(start, single) and np.count_nonzero(averaged != start) == 3  # the mean head's bias
+    policy = landscape.read_policy(load(foreign[name]))
+    torch.testing.assert_close(policy.mode(s), foreign[f"{name} agent"].policy.mode(s))
+    assert policy.mode(s).std() > 0.01
 
 
 def test_the_line_from_a_checkpoint_to_itself_is_flat(reference, tmp_path, monkeypatch, capsys):
-    last, flags = reference / "last.pt", ["--points", 4, "--episodes", 3, "--jobs", 1, "--out", tmp_path]
-    landscape_main(monkeypatch, "line", last, last, *flags)
-    assert "deepest valley 0.0 points below the chord [0.0, 0.0]" in (text := capsys.readouterr().out)
+    last = reference / "last.pt"
+    flags = ["--points", 3, "--episodes", 3, "--jobs", 1, "--out", tmp_path]
+    run_main(landscape, monkeypatch, "line", last, last, *flags)
+    text = capsys.readouterr().out
+    assert "deepest valley 0.0 points below the chord [0.0, 0.0]" in text
     assert "monotone (largest way back 0.0 points" in text
     rows = rows_of(tmp_path / "points.csv")
-    assert len(rows) == 12 and len({(r["episode"], r["score"]) for r in rows}) == 3
+    assert len(rows) == 9 and len({(row["episode"], row["normalized"]) for row in rows}) == 3
+    saved = load(last)
+    envs = [smac.TaskEnv(smac.Task(**saved["task"])) for _ in range(3)]
     seeds = [smac.episode_seed(0, smac.FINAL, i) for i in range(3)]
-    policy = landscape.build(landscape.read_point(last).vector, (11, 16, 16, 3))
-    task = smac.TASKS["hopper-embedded"]
-    direct = [total for total, *_ in smac.evaluate(policy, [smac.TaskEnv(task) for _ in seeds], seeds)]
-    assert [float(r["return"]) for r in rows[:3]] == direct
+    smac.rollout(landscape.read_policy(saved), envs, seeds)
+    assert [float(row["return"]) for row in rows[:3]] == [sum(env.rewards) for env in envs]
 
     with pytest.raises(SystemExit, match="holds another landscape"):
-        landscape_main(monkeypatch, "line", reference / "offline.pt", last, *flags)
+        moved = changed(last, tmp_path / "moved.pt", move_bias)
+        run_main(landscape, monkeypatch, "line", moved, last, *flags)
 
 
 def test_a_landscape_goes_on_where_it_was_cut(reference, tmp_path, monkeypatch):
-    words = ["line", reference, "--points", 4, "--beyond", 0.4, "--episodes", 2, "--jobs", 1, "--out", tmp_path]
-    landscape_main(monkeypatch, *words)
-    whole = (tmp_path / "points.csv").read_text()
-    assert [
-        line.split(",")[0] for line in whole.splitlines()[1::2]
-    ] == "-0.333333 0 0.333333 0.666667 1 1.33333".split()
-    lines = whole.splitlines(keepends=True)
-    (tmp_path / "points.csv").write_text("".join(lines[:8]) + lines[8][:7])  # within the second episode of a point
+    """And in two processes it finds what it finds in one."""
+    words = ["line", reference, "--points", 4, "--beyond", 0.4, "--episodes", 2, "--out", tmp_path]
+    run_main(landscape, monkeypatch, *words, "--jobs", 1)
+    table = tmp_path / "points.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    points = [line.split(",")[0] for line in lines[1::2]]
+    assert points == "-0.333333 0 0.333333 0.666667 1 1.33333".split()
+    cut = "".join(lines[:10]) + lines[10][:7]  # within the second episode of a point
+    table.write_text(cut)
     calls, roll_out = [], landscape.roll_out
-    monkeypatch.setattr(landscape, "roll_out", lambda *words: calls.append(words[0]) or roll_out(*words))
-    landscape_main(monkeypatch, *words)
-    assert calls == [("0.666667",), ("1",), ("1.33333",)]
-    assert sorted(set((tmp_path / "points.csv").read_text().splitlines())) == sorted(whole.splitlines())
+    monkeypatch.setattr(landscape, "roll_out", lambda *w: calls.append(w[0]) or roll_out(*w))
+    run_main(landscape, monkeypatch, *words, "--jobs", 1)
+    assert calls == [("1",), ("1.33333",)]
+    assert set(table.read_text().splitlines(keepends=True)) == set(lines)
 
-
-def test_workers_find_what_one_process_finds(reference, tmp_path, monkeypatch):
-    words = ["line", reference, "--points", 2, "--episodes", 6]
-    landscape_main(monkeypatch, *words, "--jobs", 1, "--out", tmp_path / "1")
-    script = [sys.executable, ROOT / "experiments" / "landscape.py", *words, "--jobs", 2, "--out", tmp_path / "2"]
-    done = subprocess.run([str(word) for word in script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "offline.pt is taken" in done.stdout and "last.pt is taken" in done.stdout
-    one, two = (sorted((tmp_path / jobs / "points.csv").read_text().splitlines()) for jobs in "12")
-    assert one == two and len(one) == 13
+    table.write_text(cut)
+    monkeypatch.setattr(landscape, "roll_out", roll_out)
+    run_main(landscape, monkeypatch, *words, "--jobs", 2)
+    assert set(table.read_text().splitlines(keepends=True)) == set(lines)
 
 
 def test_the_corners_of_a_plane_are_its_checkpoints(reference, tmp_path, monkeypatch):
-    def turn(saved):
-        saved["agent"]["policy_average.head.bias"] += 0.5
-
-    c = changed(reference / "last.pt", tmp_path / "c.pt", turn)
+    c = changed(reference / "last.pt", tmp_path / "c.pt", move_bias)
     words = ["--points", 2, "--low", 0, "--high", 1, "--episodes", 2, "--jobs", 1]
-    landscape_main(monkeypatch, "plane", reference, reference, c, *words, "--out", tmp_path / "plane")
-    rows = {(r["x"], r["y"], r["episode"]): r["return"] for r in rows_of(tmp_path / "plane" / "points.csv")}
-    assert len(rows) == 8 and (tmp_path / "plane" / "plane.png").exists()
-    for key, path in {("0", "0"): reference / "offline.pt", ("1", "0"): reference / "last.pt", ("0", "1"): c}.items():
-        for row in landscape.roll_out((), (path,), (), 0, range(2)):
-            assert str(row[1]) == rows[*key, str(row[0])]
+    words += ["--out", tmp_path / "plane"]
+    run_main(landscape, monkeypatch, "plane", reference, reference, c, *words)
+    assert (tmp_path / "plane" / "plane.png").exists()
+    rows = rows_of(tmp_path / "plane" / "points.csv")
+    returns = {(row["x"], row["y"], row["episode"]): float(row["return"]) for row in rows}
+    assert len(returns) == 8 and len(set(returns.values())) > 4
+    corners = {("0", "0"): reference / "offline.pt", ("1", "0"): reference / "last.pt"}
+    for key, path in (corners | {("0", "1"): c}).items():
+        (point,) = landscape.read_points([path])
+        for episode, total, *_ in landscape.roll_out((), point.vector, point, 0, range(2)):
+            assert total == returns[*key, str(episode)]
 
 
-def test_a_path_through_periodic_checkpoints(reference, tmp_path, monkeypatch, capsys):
-    for phase, step in [("offline", 0), ("offline", 30), ("online", 40), ("online", 100)]:
+def test_a_path_through_kept_checkpoints(reference, tmp_path, monkeypatch, capsys):
+    for name, step in {
+        "offline-0": 0,
+        "offline-30": 30,
+        "online-40": 40,
+        "online-100": 100,
+    }.items():
+        changed(reference / "last.pt", tmp_path / f"{name}.pt", lambda s, x=step: move_bias(s, x))
+    flags = ["--episodes", 2, "--jobs", 1, "--out", tmp_path / "out"]
+    run_main(landscape, monkeypatch, "path", tmp_path, *flags)
+    names = [row["checkpoint"].split("/")[-1] for row in rows_of(tmp_path / "out" / "points.csv")]
+    assert names[::2] == ["offline-0.pt", "offline-30.pt", "online-40.pt", "online-100.pt"]
+    length = f"{3**0.5 * 100:.1f}"
+    assert f"{length} long, {length} from end to end" in capsys.readouterr().out
 
-        def move(saved, step=step):
-            saved["agent"]["policy_average.head.bias"] += step
-            saved["position"]["online"] = 1
-
-        changed(reference / "last.pt", tmp_path / f"{phase}-{step}.pt", move)
-    words = ["path", tmp_path, "--pca", "--episodes", 2, "--jobs", 1, "--out", tmp_path / "out"]
-    landscape_main(monkeypatch, *words)
-    names = [r["checkpoint"].split("/")[-1] for r in rows_of(tmp_path / "out" / "points.csv")][::2]
-    assert names == ["offline-0.pt", "offline-30.pt", "online-40.pt", "online-100.pt"]
-    assert f"{3**0.5 * 100:.1f} long, {3**0.5 * 100:.1f} from end to end" in capsys.readouterr().out
-
-    monkeypatch.setattr(landscape.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install scikit-learn"):
-        landscape_main(monkeypatch, "path", tmp_path)
     with pytest.raises(SystemExit, match="--keep-every"):
-        landscape_main(monkeypatch, "path", reference, "--pca")
+        run_main(landscape, monkeypatch, "path", reference)
 
 
 def test_principal_components_keep_the_distances_of_points_on_a_plane():
     flat = np.random.default_rng(0).normal(size=(6, 2)) * [5, 1]
     turn = np.linalg.qr(np.random.default_rng(1).normal(size=(7, 7)))[0][:2]
-    xy, (first, second) = landscape.embed(flat @ turn + 3, pca=True)
-    assert np.allclose(np.linalg.norm(xy - xy[0], axis=1), np.linalg.norm(flat - flat[0], axis=1))
+    xy, (first, second) = landscape.embed(flat @ turn + 3)
+    distances = np.linalg.norm(flat - flat[0], axis=1)
+    assert np.allclose(np.linalg.norm(xy - xy[0], axis=1), distances)
     shares = [int(label.split("(")[1].split()[0]) for label in (first, second)]
     assert sum(shares) in (99, 100, 101) and shares[0] > shares[1]
 
@@ -580,75 +599,135 @@ def test_the_verdict_finds_a_valley_of_known_depth():
     t = np.linspace(0, 1, 11)
     curve = 40 + 40 * t  # the chord
     curve[6] -= 30
-    noise = np.random.default_rng(0).normal(size=20)  # of the starts, which are the same at every point
+    noise = np.random.default_rng(0).normal(size=20)  # of the starts, the same at every point
     verdict = landscape.judge(t, curve[:, None] + noise, 5)
-    assert verdict["where"] == t[6] and abs(verdict["depth"] - 30) < 1e-9 and abs(verdict["setback"] - 26) < 1e-9
-    assert np.allclose(verdict["depth_interval"], 30) and verdict["monotone"] == "not monotone"
+    assert verdict["where"] == t[6] and verdict["monotone"] == "not monotone"
+    assert abs(verdict["depth"] - 30) < 1e-9 and abs(verdict["setback"] - 26) < 1e-9
+    assert np.allclose(verdict["depth_interval"], 30)
     assert landscape.judge(t, (40 + 40 * t)[:, None] + noise, 5)["monotone"] == "monotone"
-    falling = landscape.judge(t, (80 - 40 * t**3)[:, None] + noise, 5)  # above its chord all the way, and downwards
-    assert falling["monotone"] == "monotone" and falling["setback"] == 0 and abs(falling["depth"]) < 1e-9
+    falling = landscape.judge(
+        t, (80 - 40 * t**3)[:, None] + noise, 5
+    )  # above its chord all the way
+    assert falling["monotone"] == "monotone" and falling["setback"] == 0
+    assert abs(falling["depth"]) < 1e-9
     rough = np.random.default_rng(0).normal(size=(11, 4)) * 20 + 50
-    low, high = landscape.judge(t, rough, 5)["depth_interval"]
-    assert low < landscape.judge(t, rough, 5)["depth"] < high
+    verdict = landscape.judge(t, rough, 5)
+    low, high = verdict["depth_interval"]
+    assert low < verdict["depth"] < high
+
+
+def other_task(saved):
+    saved["task"]["env_id"] = "Walker2d-v5"
+
+
+def other_shape(saved):
+    agent = smac.Agent(11, 3, smac.Args(policy_hidden=(9,)))
+    saved["agent"], saved["args"]["policy_hidden"] = agent.state_dict(), (9,)
 
 
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda saved: saved["args"].update(task="walker2d-medium-v2"), "one task is needed"),
-        (lambda saved: saved["agent"].update({"policy_average.trunk.2.bias": torch.zeros(9)}), "differ in shape"),
-        (lambda saved: saved["args"].update(task="chess"), "which this version does not have"),
-        (lambda saved: saved.update(agent={}), "holds no policy"),
-        (lambda saved: saved.update(format="other"), "not a checkpoint"),
+        (other_task, "checkpoints of one task"),
+        (other_shape, "differ in shape"),
+        (lambda saved: saved.update(format="other"), "no checkpoint of these scripts"),
     ],
 )
-def test_checkpoints_that_do_not_go_together_are_one_sentence(change, sentence, reference, tmp_path, monkeypatch):
+def test_checkpoints_that_do_not_go_together(change, sentence, reference, tmp_path, monkeypatch):
     other = changed(reference / "last.pt", tmp_path / "other.pt", change)
-    with pytest.raises(SystemExit, match=sentence) as e:
-        landscape_main(monkeypatch, "line", reference / "last.pt", other, "--out", tmp_path / "out")
-    assert e.value.code == 2 and not (tmp_path / "out").exists()
+    words = ["line", reference / "last.pt", other, "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
+        run_main(landscape, monkeypatch, *words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_the_checkpoint_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="has no offline.pt"):
-        landscape_main(monkeypatch, "line", tmp_path)
+        run_main(landscape, monkeypatch, "line", tmp_path)
 
 
 # ---- identity
-def identity_main(monkeypatch, *words) -> None:
-    monkeypatch.setattr(sys, "argv", ["identity.py", *map(str, words)])
-    identity.main()
-
-
 def test_a_critic_that_follows_a_score_has_cosine_one_with_it(reference):
     """And minus one with its opposite, on every kind of action."""
-    saved, critic = load(reference / "last.pt"), smac.Critics(3, 11, 3, (16, 16), "tanh")
-    critic.load_state_dict(identity.part(saved["agent"], "critic"))
+    saved = load(reference / "last.pt")
+    agent = smac.Agent(11, 3, smac.Args(**saved["args"]))
+    agent.load_state_dict(saved["agent"])
     s, a = torch.randn(64, 11), 2 * torch.rand(64, 3) - 1
+    batch = smac.Batch(s, a, None, None, None, None)
+    gradient = agent.critic.action_gradient
     for sign in (1, -1):
-        model = mock.Mock(score=lambda s, b, sign=sign: sign * smac.action_gradient(critic, s, b).mean(0).detach())
-        values = identity.cosines(reference / "last.pt", model, s, a, seed=0)
+
+        class Score(torch.nn.Module):
+            def score(self, s, a, sign=sign):
+                return sign * gradient(s, a).mean(0).detach()
+
+        agent.score_model = Score()
+        values = identity.cosines(agent, batch, seed=0)
         assert values.keys() == {"data", "policy", "uniform"}
-        assert all(abs(v - sign) < 1e-5 for v in values.values())
+        assert all(abs(x - sign) < 1e-5 for x in values.values())
 
 
-def test_identity_of_another_scripts_checkpoint(reference, tmp_path, monkeypatch, capsys):
-    """IQL's policy is adopted as at the hand-over; what does not depend on the policy is SMAC's to the last digit."""
-    other = changed(reference / "last.pt", tmp_path / "iql.pt", iql_shaped)
-    dataset = load(reference / "last.pt")["args"]["dataset"]
-    out = tmp_path / "identity.csv"
-    words = ("--score", reference / "offline.pt", "--dataset", dataset, "--states", 50, "--out", out)
-    identity_main(monkeypatch, reference / "last.pt", other, *words)
+def test_identity_of_all_scripts_checkpoints(reference, foreign, dataset, tmp_path, monkeypatch):
+    """The score is that of --score, the critics are each checkpoint's own."""
+    out, score = tmp_path / "identity.csv", reference / "offline.pt"
+    paths = [reference / "last.pt", *(foreign[name] for name in BASELINES)]
+    words = [*paths, "--score", score, "--states", 50, "--out", out]
+    run_main(identity, monkeypatch, *words)
     rows = rows_of(out)
-    assert [r["actions"] for r in rows] == 2 * ["data", "policy", "uniform"]
-    assert [r["cosine"] for r in rows[:3:2]] == [r["cosine"] for r in rows[3::2]] and "iql.pt" in rows[3]["checkpoint"]
-    assert str(other) in capsys.readouterr().out
+    assert [row["actions"] for row in rows] == 4 * ["data", "policy", "uniform"]
+    agent, saved = foreign["iql agent"], load(score)
+    ours = smac.Agent(11, 3, smac.Args(**saved["args"] | dict(critic_activation="relu")))
+    ours.load_state_dict(saved["agent"])
+    ours.critic.load_state_dict(agent.critic.state_dict())
+    replay = smac.dataset_replay(
+        smac.load_dataset(str(dataset), 11, 3), smac.Task(**saved["task"]), torch.device("cpu")
+    )
+    order = torch.randperm(replay.n, generator=torch.Generator().manual_seed(0))
+    batch = replay.unpack(replay.rows[order[:50]])
+    cosine = float(ours.cosine(batch.s, batch.a).detach())
+    assert abs(float(rows[6]["cosine"]) - cosine) < 1e-4 and "iql.pt" in rows[6]["checkpoint"]
 
 
-def test_identity_without_a_fitted_score_is_one_sentence(reference, tmp_path, monkeypatch):
-    def unfit(saved):
-        saved["score_model"]["fitted"] = torch.tensor(False)
+def test_identity_without_a_fitted_score_is_one_sentence(reference, foreign, monkeypatch):
+    with pytest.raises(SystemExit, match="error: .* has no fitted score model"):
+        run_main(identity, monkeypatch, reference / "last.pt", "--score", foreign["iql"])
 
-    score = changed(reference / "offline.pt", tmp_path / "unfitted.pt", unfit)
-    with pytest.raises(SystemExit, match="holds no fitted score model"):
-        identity_main(monkeypatch, reference / "last.pt", "--score", score)
+
+# ---- video
+def test_a_film_of_an_episode(reference, tmp_path, monkeypatch, capsys):
+    """It is as long as the episode, and in each picture the hopper, which is not gray, stands in
+    the middle."""
+    from PIL import Image
+
+    out = tmp_path / "film.gif"
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    try:
+        run_main(video, monkeypatch, reference / "last.pt", "--out", out)
+    except SystemExit as refusal:
+        pytest.skip(str(refusal))
+    text = capsys.readouterr().out
+    assert str(out) in text
+    steps = int(re.search(r"normalized return -?[\d.]+, (\d+) steps", text)[1])
+    film = Image.open(out)
+    assert film.n_frames == -(-steps // 5)  # 125 steps a second, 25 pictures
+    for frame in (0, film.n_frames - 1):
+        film.seek(frame)
+        middle = np.asarray(film.convert("RGB")).astype(int)[:, 160:320]
+        reddish = middle[..., 0] - middle[..., 2] > 40
+        assert reddish.sum() > 300
+
+
+def test_the_camera_goes_with_the_robot(reference):
+    task = smac.Task(**load(reference / "last.pt")["task"])
+    env = smac.TaskEnv(task, render_mode="rgb_array")
+    video.follow_robot(env)
+    camera = env.unwrapped.model.camera(env.unwrapped.mujoco_renderer.camera_id)
+    assert camera.mode == 2  # mjCAMLIGHT_TRACKCOM: moves with the robot's centre of mass
+
+
+def test_a_film_of_another_kind_is_refused(reference, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"ends in .gif or .mp4"):
+        run_main(video, monkeypatch, reference / "last.pt", "--out", tmp_path / "film.avi")
+    monkeypatch.setattr(video.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install imageio-ffmpeg"):
+        run_main(video, monkeypatch, reference / "last.pt", "--out", tmp_path / "film.mp4")

@@ -38,15 +38,21 @@ def singular_values(shape, polynomial=POLYNOMIAL):
     return torch.linalg.svdvals(orthogonalize(torch.randn(shape), polynomial)).flatten()
 
 
-@pytest.mark.parametrize("scale, adjustment", [("spectral", "original"), ("rms", "match_rms_adamw")])
+@pytest.mark.parametrize(
+    "scale, adjustment", [("spectral", "original"), ("rms", "match_rms_adamw")]
+)
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12), (8, 8)])
 def test_equals_torch_muon_step_by_step(shape, scale, adjustment):
     (ours,), (theirs,) = parameters(shape), parameters(shape)
-    reference = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.0, momentum=0.9, adjust_lr_fn=adjustment)
+    reference = torch.optim.Muon(
+        [theirs], lr=0.01, weight_decay=0.0, momentum=0.9, adjust_lr_fn=adjustment
+    )
     optimizer = Muon([ours], lr=0.01, momentum=0.9, scale=scale, polynomial=KELLER)
     for step in gradients(shape):
         train(optimizer, [ours], [step])
-        with mock.patch.object(torch.Tensor, "bfloat16", lambda G: G.clone()):  # torch's own, but in float32
+        with mock.patch.object(
+            torch.Tensor, "bfloat16", lambda G: G.clone()
+        ):  # torch's own, but in float32
             train(reference, [theirs], [step])
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -56,7 +62,9 @@ def test_a_stack_equals_separate_matrices():
     separate = [torch.nn.Parameter(p.clone()) for p in stack.detach()]
     train(Muon([stack], lr=0.01), [stack], all_gradients)
     train(Muon(separate, lr=0.01), separate, [list(g) for (g,) in all_gradients])
-    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in separate]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        stack.detach(), torch.stack([p.detach() for p in separate]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_matrices_of_one_shape_do_not_mix():
@@ -88,7 +96,9 @@ def test_orthogonalize_keeps_singular_vectors_and_forgets_the_size():
 @pytest.mark.parametrize("shape", [(256, 17), (17, 256), (4, 128, 128), (256, 256), (512, 256)])
 def test_nineteen_of_twenty_singular_values_come_near_one(shape):
     """At least as near as by Keller Jordan's five steps; the last ones of a square Gaussian matrix need more."""
-    error, reference = ((singular_values(shape, p) - 1).abs().quantile(0.95) for p in (POLYNOMIAL, KELLER))
+    error, reference = (
+        (singular_values(shape, p) - 1).abs().quantile(0.95) for p in (POLYNOMIAL, KELLER)
+    )
     assert error < 0.3 and error <= reference
 
 
@@ -139,11 +149,16 @@ def test_state_dict_round_trip_goes_on_identically():
     params, all_gradients = parameters(*shapes), gradients(*shapes, steps=8)
     optimizer = Muon(params[:2], params[2:], lr=0.01)
     train(optimizer, params, all_gradients[:4])
-    state, copies = copy.deepcopy(optimizer.state_dict()), [torch.nn.Parameter(p.detach().clone()) for p in params]
+    state, copies = (
+        copy.deepcopy(optimizer.state_dict()),
+        [torch.nn.Parameter(p.detach().clone()) for p in params],
+    )
     resumed = Muon(copies[:2], copies[2:], lr=0.01)
     resumed.load_state_dict(state)
     expected = train(optimizer, params, all_gradients[4:])
-    assert all(torch.equal(a, b) for a, b in zip(train(resumed, copies, all_gradients[4:]), expected))
+    assert all(
+        torch.equal(a, b) for a, b in zip(train(resumed, copies, all_gradients[4:]), expected)
+    )
 
 
 def test_state_exists_before_the_first_step():

@@ -1,5 +1,6 @@
 """A run that was interrupted, however it was, ends exactly as one that was not."""
 
+import json
 import os
 import re
 import shlex
@@ -8,45 +9,56 @@ import signal
 import time
 
 import pytest
-from helpers import SCRIPT, TINY, finish, load, only_run, rows_of, run_here, same, start
+import torch
+from helpers import SCRIPT, TINY, finish, load, only_run, parse, rows_of, run_here, same, start
 
 import smac_offline_to_online as smac
 
-# The script, with `hook(call)` before every call of the phase's update.
-HOOKED = """
-import os, resource, shutil, signal
+UPDATES = dict(
+    score=(smac.ScoreModel, "loss"),
+    offline=(smac.Agent, "offline_update"),
+    online=(smac.Agent, "online_update"),
+)
+# Some steps after a checkpoint, when rows have been written that the checkpoint does not know.
+KILLS = dict(score=34, offline=37, online=44)
+# A process for each phase, killed at a call of its update; one that forks, so that one imports.
+KILLED = """
+import os, signal, sys
+from torch.utils.tensorboard import SummaryWriter
 import smac_offline_to_online as smac
-calls = 0
-def with_hook(f):
-    def g(*x):
-        global calls
-        hook(calls := calls + 1)
-        return f(*x)
-    return g
-def hook(call):
-    {hook}
-{update} = with_hook({update})
-smac.main()
+def kill_at(call, owner, name):
+    update, calls = getattr(owner, name), []
+    def hooked(*inputs, **flags):
+        calls.append(0)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(*inputs, **flags)
+    setattr(owner, name, hooked)
+runs, children = sys.argv.pop(1), []
+for phase, call, owner, name in KILLS:
+    children.append(os.fork())
+    if children[-1] == 0:
+        sys.argv += ["--runs-dir", f"{runs}/{phase}"]
+        kill_at(call, getattr(smac, owner), name)
+        smac.main()
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
-UPDATES = dict(score="smac.diffusion_loss", offline="smac.Updates.offline", online="smac.Updates.online")
 
 
 def outcome(folder) -> dict:
     """All that a run leaves and that does not tell the time."""
     state = load(folder / "last.pt")
-    for key in ("args", "seconds", "sizes"):
-        state.pop(key, None)
-    metrics = [tuple(row.values()) for row in rows_of(folder / "metrics.csv") if "seconds" not in row["name"]]
-    tables = {name: rows_of(folder / f"{name}.csv") for name in ("evaluations", "episodes")}
-    return dict(state=state, metrics=metrics, **tables)
+    for key in ("args", "seconds", "metrics.csv", "evaluations.csv"):
+        state.pop(key)
+    rows = [tuple(row.values()) for row in rows_of(folder / "metrics.csv")]
+    metrics = [row for row in rows if row[2] != "seconds"]
+    return dict(state, metrics=metrics, evaluations=rows_of(folder / "evaluations.csv"))
 
 
 def assert_same_outcome(folder, reference):
     ours, theirs = outcome(folder), outcome(reference)
-    assert ours["evaluations"] == theirs["evaluations"] and ours["episodes"] == theirs["episodes"]
-    assert ours["metrics"] == theirs["metrics"]
-    assert [k for k, v in theirs["state"].items() if not same(ours["state"].get(k), v)] == []
-    assert ours["state"].keys() == theirs["state"].keys()
+    assert ours.keys() == theirs.keys()
+    assert [name for name, x in theirs.items() if not same(ours[name], x)] == []
 
 
 def flags(dataset, runs):
@@ -56,27 +68,10 @@ def flags(dataset, runs):
 def test_the_comparison_holds_whole_runs(reference):
     """The tests below would pass on empty files as well."""
     found = outcome(reference)
-    assert {"agent", "score_model", "critic", "policy", "model", "replay", "env", "rng"} <= found["state"].keys()
-    assert found["state"]["position"] == dict(score=50, offline=50, online=80)
-    assert {phase for _, phase, _, _ in found["metrics"]} == {"score", "offline", "online"} and found["episodes"]
-    assert [(r["step"], r["phase"]) for r in found["evaluations"][::2]] == [
-        *[(str(step), "offline") for step in (0, 25, 50)],
-        *[(str(step), "online") for step in (0, 25, 50, 75)],
-        ("180", "final"),
-    ]
-
-
-@pytest.mark.parametrize("phase, call", [("score", 34), ("offline", 37), ("online", 44)])
-def test_killed_and_resumed_equals_uninterrupted(dataset, reference, tmp_path, phase, call):
-    """Some steps after a checkpoint, when rows have been written that the checkpoint does not know."""
-    hook = f"if call == {call}: os.kill(os.getpid(), signal.SIGKILL)"
-    code, _, err = finish(start("-c", HOOKED.format(update=UPDATES[phase], hook=hook), *flags(dataset, tmp_path)))
-    assert code == -signal.SIGKILL, err
-    folder = only_run(tmp_path)
-    written = int(rows_of(folder / "metrics.csv")[-1]["step"])
-    assert load(folder / "last.pt")["position"].get(phase, 0) < written
-    assert run_here("--resume", folder) == folder
-    assert_same_outcome(folder, reference)
+    parts = {"agent", "critic", "policy", "temperature", "alpha_net", "model", "fit", "replay"}
+    assert parts | {"env", "rng", "metrics", "evaluations"} <= found.keys()
+    assert found["done"] == dict(score=50, offline=50, online=80)
+    assert {row[1] for row in found["metrics"]} == {"score", "offline", "online"}
 
 
 def test_sigterm_saves_and_the_printed_command_goes_on(dataset, reference, tmp_path):
@@ -85,12 +80,32 @@ def test_sigterm_saves_and_the_printed_command_goes_on(dataset, reference, tmp_p
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    code, _, err = finish(process)
+    code, out, err = finish(process)
     assert code == 128 + signal.SIGTERM and "Traceback" not in err
-    command = shlex.split(re.search("To go on: python (.*)", err)[1])
-    code, _, err = finish(start(*command))
-    assert code == 0, err
+    script, *words = shlex.split(re.search("to go on: python (.*)", out)[1])
+    assert script == str(SCRIPT) and words == ["--resume", str(only_run(tmp_path))]
+    run_here(smac, *words)
     assert_same_outcome(only_run(tmp_path), reference)
+
+
+@pytest.fixture(scope="module")
+def killed(dataset, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("killed")
+    kills = [(p, call, UPDATES[p][0].__name__, UPDATES[p][1]) for p, call in KILLS.items()]
+    code = KILLED.replace("KILLS", repr(kills))
+    code, out, err = finish(start("-c", code, runs, *TINY, "--dataset", dataset))
+    assert code == 0 and out.splitlines()[-1] == str([-signal.SIGKILL] * 3), err
+    return runs
+
+
+@pytest.mark.parametrize("phase", KILLS)
+def test_killed_and_resumed_equals_uninterrupted(killed, reference, phase):
+    folder = only_run(killed / phase)
+    written = rows_of(folder / "metrics.csv")[-1]
+    assert written["phase"] == phase
+    assert load(folder / "last.pt")["done"].get(phase, 0) < int(written["step"])
+    assert run_here(smac, "--resume", folder) == folder
+    assert_same_outcome(folder, reference)
 
 
 class Killed(BaseException):
@@ -102,44 +117,48 @@ def die():
 
 
 def interrupt(monkeypatch, phase, call, action):
-    owner, name = (smac.Updates, phase) if phase != "score" else (smac, "diffusion_loss")
+    """Lets `action` happen before the phase's update is called the `call`-th time."""
+    owner, name = UPDATES[phase]
     update, calls = getattr(owner, name), []
 
-    def hooked(*x):
+    def hooked(*inputs, **flags):
         calls.append(0)
         if len(calls) == call:
             action()
-        return update(*x)
+        return update(*inputs, **flags)
 
     monkeypatch.setattr(owner, name, hooked)
 
 
 @pytest.mark.parametrize("phase, call", [("score", 13), ("offline", 50), ("online", 21)])
-def test_sigint_saves_at_once_and_resumes(dataset, reference, tmp_path, monkeypatch, phase, call):
+def test_ctrl_c_saves_at_once(dataset, reference, tmp_path, monkeypatch, capsys, phase, call):
     with monkeypatch.context() as patch:
         interrupt(patch, phase, call, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(smac.BadInput) as stop:
-            run_here(*flags(dataset, tmp_path))
+        with pytest.raises(SystemExit) as stop:
+            run_here(smac, *flags(dataset, tmp_path))
     folder = only_run(tmp_path)
-    assert stop.value.code == 130 and f"--resume {folder}" in str(stop.value)
     saved = load(folder / "last.pt")
-    assert saved["position"][phase] == call + 30 * (phase == "online")  # not one step lost
-    assert len(saved["replay"]["rows"]) == saved["replay"]["added"] == saved["position"].get("online", 0)
-    run_here("--resume", folder)
+    assert stop.value.code == 130
+    assert saved["done"][phase] == call + 30 * (phase == "online")  # not one step lost
+    assert len(saved["replay"]["rows"]) == saved["done"].get("online", 0)
+    run_here(smac, "--resume", folder)
     assert_same_outcome(folder, reference)
 
 
-def test_a_second_signal_ends_the_process_without_waiting(dataset, tmp_path, monkeypatch):
+def test_a_second_signal_ends_the_run_without_waiting(dataset, tmp_path, monkeypatch):
     def twice():
-        os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     interrupt(monkeypatch, "score", 3, twice)
     with pytest.raises(SystemExit) as end:
-        run_here(*flags(dataset, tmp_path))
-    assert end.value.code == 143 and not isinstance(end.value, smac.BadInput)
+        run_here(smac, *flags(dataset, tmp_path))
+    assert end.value.code == 143 and not (only_run(tmp_path) / "last.pt").exists()
 
 
-def test_killed_while_a_checkpoint_is_written_leaves_the_one_before(dataset, reference, tmp_path, monkeypatch):
+def test_killed_while_a_checkpoint_is_written_leaves_the_one_before(
+    dataset, reference, tmp_path, monkeypatch
+):
     replace, names = os.replace, []
 
     def killed_at_fourth(source, target):
@@ -148,80 +167,105 @@ def test_killed_while_a_checkpoint_is_written_leaves_the_one_before(dataset, ref
             raise Killed
         replace(source, target)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", killed_at_fourth)
-        with pytest.raises(Killed):
-            run_here(*flags(dataset, tmp_path))
+        run_here(smac, *flags(dataset, tmp_path))
     folder = only_run(tmp_path)
-    assert load(folder / "last.pt")["position"] == dict(score=50)
-    run_here("--resume", folder)
+    assert load(folder / "last.pt")["done"] == dict(score=50)
+    run_here(smac, "--resume", folder)
     assert_same_outcome(folder, reference)
 
 
 def test_resumed_twice_and_after_its_end(dataset, reference, tmp_path, monkeypatch):
-    folder = tmp_path
-    for phase, call in (("offline", 25), ("offline", 12), ("online", 41)):
+    command = flags(dataset, tmp_path)
+    for phase, call in (("offline", 25), ("online", 31)):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             interrupt(patch, phase, call, die)
-            run_here(*(flags(dataset, tmp_path) if folder is tmp_path else ["--resume", folder]))
+            run_here(smac, *command)
         folder = only_run(tmp_path)
-    run_here("--resume", folder)
+        command = ["--resume", folder]
+    run_here(smac, *command)
     assert_same_outcome(folder, reference)
-    run_here("--resume", folder)  # nothing left but the final evaluation
+    run_here(smac, *command)  # nothing left but the final evaluation
     assert_same_outcome(folder, reference)
 
 
-def test_a_learning_rate_given_with_resume_counts_and_online_its_share(dataset, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        interrupt(patch, "offline", 37, die)
-        run_here(*flags(dataset, tmp_path))
-    run_here("--resume", only_run(tmp_path), "--critic-lr", 1e-5, "--online-lr-scale", 0.5)
-    for name, scale in (("offline.pt", 1.0), ("last.pt", 0.5)):
-        state = load(only_run(tmp_path) / name)
-        rates = {k: [g["lr"].item() for g in state[k]["param_groups"]] for k in ("critic", "policy", "temperature")}
-        assert rates["critic"] == pytest.approx([scale * 1e-5] * 2)
-        assert rates["policy"] == pytest.approx([scale * state["args"]["policy_lr"]] * 2)
-        assert rates["temperature"] == pytest.approx([state["args"]["temperature_lr"]])
-
-
-@pytest.mark.parametrize("start", ["scratch", "offline.pt"])
-def test_other_starts_resume_as_well(dataset, reference, tmp_path, monkeypatch, start):
+@pytest.mark.parametrize("begin", ["scratch", "offline.pt"])
+def test_other_starts_resume_as_well(dataset, reference, tmp_path, monkeypatch, begin):
     """Even when the checkpoint that the run started from is gone."""
-    path = tmp_path / "offline.pt"
-    ends = []
-    for runs, interrupted in ((tmp_path / "a", False), (tmp_path / "b", True)):
+    path, folders = tmp_path / "offline.pt", []
+    for runs in (tmp_path / "a", tmp_path / "b"):
         shutil.copy(reference / "offline.pt", path)
-        begin = ["--init-from", path] if start == "offline.pt" else ["--offline-steps", 0, "--offline-fraction", 0]
-        if not interrupted:
-            run_here(*flags(dataset, runs), *begin)
-        else:
-            with monkeypatch.context() as patch, pytest.raises(Killed):
-                interrupt(patch, "online", 23, die)
-                run_here(*flags(dataset, runs), *begin)
-            path.unlink()
-            run_here("--resume", only_run(runs))
-        ends.append(only_run(runs))
-    assert load(ends[0] / "last.pt")["position"] == dict(online=80)
-    assert_same_outcome(*reversed(ends))
+        command = [*flags(dataset, runs), "--online-kappa", 1, "--init-from", path]
+        if begin == "scratch":
+            command = [*flags(dataset, runs), "--offline-steps", 0]
+        if not folders:
+            folders.append(run_here(smac, *command))
+            continue
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            interrupt(patch, "online", 23, die)
+            run_here(smac, *command)
+        path.unlink()
+        folders.append(run_here(smac, "--resume", only_run(runs)))
+    assert load(folders[0] / "last.pt")["done"] == dict(online=80)
+    assert_same_outcome(*folders)
 
 
-def test_a_full_disk_costs_rows_but_neither_the_run_nor_the_checkpoint(dataset, reference, tmp_path):
-    """Files cannot grow from offline step 31 until the first online update."""
-    hook = f"""
-    if call == 31:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-    if call == 51:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        shutil.copytree(next(smac.Path({str(tmp_path / "runs")!r}).iterdir()), {str(tmp_path / "while_full")!r})
-    """
-    code = HOOKED.format(update="smac.Updates.offline", hook=hook) + "\n"
-    code = code.replace("smac.main()", "smac.Updates.online = with_hook(smac.Updates.online)\nsmac.main()")
-    code, _, err = finish(start("-c", code, *flags(dataset, tmp_path / "runs")))
-    assert code == 0, err
-    assert "last.pt cannot be written" in err and "metrics.csv cannot be written" in err
-    assert load(tmp_path / "while_full" / "last.pt")["position"] == dict(score=50, offline=20)
-    ours, theirs = outcome(only_run(tmp_path / "runs")), outcome(reference)
-    assert same(ours["state"], theirs["state"])
-    assert set(ours["metrics"]) >= {row for row in theirs["metrics"] if row[1] == "online"}
-    lost = [row for row in theirs["evaluations"] if row not in ours["evaluations"]]
-    assert lost == theirs["evaluations"][4:10]  # offline 50, online 0 and 25
+def test_more_online_steps_go_on_and_the_config_stays(reference, tmp_path):
+    folder = shutil.copytree(reference, tmp_path / "run")
+    run_here(smac, "--resume", folder, "--online-steps", 90, "--eval-every", 5)
+    saved = load(folder / "last.pt")
+    assert saved["done"] == dict(score=50, offline=50, online=90)
+    assert len(saved["replay"]["rows"]) == 90 and saved["args"]["online_steps"] == 90
+    before, after = (json.loads((p / "config.json").read_text()) for p in (reference, folder))
+    assert before == after
+    rows = [row["step"] for row in rows_of(folder / "evaluations.csv") if row["phase"] != "offline"]
+    assert rows[::2] == ["0", "25", "50", "75", "85", "90", "90"]
+
+
+def test_resume_gives_the_runs_own_flags(reference):
+    args, task = parse("--resume", reference, "--log-every", 7)
+    saved = load(reference / "last.pt")
+    expected = smac.Args(**saved["args"])
+    expected.resume, expected.log_every = str(reference), 7
+    assert args == expected and task == smac.Task(**saved["task"])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--seed", 3], "cannot change seed, which was 0"),
+        (["--critic-lr", 1e-5], "cannot change critic_lr"),
+        (["--critic-hidden", 8, 8], "cannot change critic_hidden"),
+        (["--dataset", "hopper-embedded"], "cannot change dataset"),
+        (["--online-algorithm", "td3"], "cannot change online_algorithm"),
+        (["--init-from", "offline.pt"], "cannot change init_from"),
+        (["--online-steps", 60], "the run has done 80"),
+        (["--offline-steps", 60], "the run has done 50"),  # with what the online phase has made
+    ],
+)
+def test_what_a_resumed_run_cannot_change(reference, changes, words):
+    before = {p.name: p.read_bytes() for p in reference.iterdir()}
+    with pytest.raises(SystemExit) as refusal:
+        run_here(smac, "--resume", reference, *changes)
+    assert str(refusal.value).startswith("error: ") and words in str(refusal.value)
+    assert before == {p.name: p.read_bytes() for p in reference.iterdir()}
+
+
+def test_a_run_from_scratch_cannot_get_a_pretraining(dataset, tmp_path):
+    few = ["--offline-steps", 0, "--online-steps", 5, "--warmup-steps", 5]
+    folder = run_here(smac, *flags(dataset, tmp_path), *few)
+    with pytest.raises(SystemExit, match="error: "):
+        run_here(smac, "--resume", folder, "--offline-steps", 50)
+
+
+def test_other_devices_and_threads_may_go_on(reference):
+    more = ["--threads", 2, "--device", "cuda", "--compile", "--checkpoint-every", 9, "--track"]
+    args, _ = parse("--resume", reference, *more, "--eval-episodes", 3, "--keep-every", 10)
+    assert args.threads == 2 and args.device == "cuda" and args.compile
+
+
+def test_a_run_of_another_script_is_not_resumed(reference, tmp_path):
+    torch.save(load(reference / "last.pt") | dict(algorithm="iql"), tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match="is a run of iql: resume it with that script"):
+        run_here(smac, "--resume", tmp_path)

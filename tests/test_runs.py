@@ -1,347 +1,391 @@
-"""Whole runs, tiny: every algorithm, every way to start, what they write and what can be read again."""
+"""Whole runs, tiny: every algorithm, every way to start, what they write and what can be read."""
 
 import dataclasses
 import json
-import os
 import re
-import shutil
 
-import h5py
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SCRIPT, TINY, load, only_run, parse, rows_of, run_here, same
-from matplotlib.axes import Axes
+from helpers import (
+    HOPPER,
+    ROOT,
+    SCRIPT,
+    TINY,
+    hopper_file,
+    load,
+    parse,
+    prepared_file,
+    rows_of,
+    run_here,
+    same,
+)
 
 import smac_offline_to_online as smac
+
+FEW = ["--score-steps", 3, "--offline-steps", 4, "--online-steps", 12, "--warmup-steps", 8]
+FEW = [*TINY, *FEW, "--eval-every", 100, "--eval-episodes", 1, "--final-episodes", 1]
+POLICIES = ("policy", "policy_average", "policy_target")
 
 
 def evaluations(folder, phase, step=None):
     rows = [row for row in rows_of(folder / "evaluations.csv") if row["phase"] == phase]
-    return [(r["episode"], r["return"], r["length"], r["score"]) for r in rows if step in (None, int(r["step"]))]
+    return [list(r.values())[2:] for r in rows if step in (None, int(r["step"]))]
 
 
 def metrics(folder, phase):
     return {row["name"] for row in rows_of(folder / "metrics.csv") if row["phase"] == phase}
 
 
-def explained():
-    """The names in the metrics table of docs/smac.md."""
-    table = (ROOT / "docs" / "smac.md").read_text().split("## Metrics")[1].split("\n## ")[0]
-    return {name.removeprefix("score/") for name in re.findall(r"`([\w/]+)`", table)}
+def part(state, network):
+    """The parameters of one network in a checkpoint."""
+    return [x for name, x in sorted(state["agent"].items()) if name.startswith(f"{network}.")]
+
+
+def replay_columns(folder, obs_dim=11, act_dim=3):
+    """s, a, r, s', terminal, return to go."""
+    rows = load(folder / "last.pt")["replay"]["rows"]
+    return rows.split((obs_dim, act_dim, 1, obs_dim, 1, 1), 1)
+
+
+def calls(monkeypatch, owner, name):
+    """A list that fills with the arguments of every call."""
+    function, seen = getattr(owner, name), []
+
+    def spy(*inputs, **flags):
+        seen.append(inputs)
+        return function(*inputs, **flags)
+
+    monkeypatch.setattr(owner, name, spy)
+    return seen
+
+
+@pytest.fixture
+def start(reference, dataset, tmp_path):
+    """Flags of a run that goes on from the reference's pretrained networks."""
+    flags = ["--init-from", reference / "offline.pt", "--runs-dir", tmp_path / "runs"]
+    return [*flags, "--online-steps", 80]
 
 
 # ---- the run folder
 def test_a_run_leaves_its_files(reference):
-    names = {p.name for p in reference.iterdir()}
-    assert {"offline.pt", "last.pt", "curve.png", "config.json", "metrics.csv", "evaluations.csv"} <= names
-    assert any("tfevents" in name for name in names)
-    assert not any(name.endswith((".tmp", ".part")) for name in names)
-    assert (reference / SCRIPT.name).read_text() == SCRIPT.read_text()
+    names = {p.name for p in reference.iterdir() if "tfevents" not in p.name}
+    tables = {"config.json", "metrics.csv", "evaluations.csv", "curve.png"}
+    assert names == {"offline.pt", "last.pt", SCRIPT.name, "muon.py"} | tables
+    assert any("tfevents" in p.name for p in reference.iterdir())
+    for name in (SCRIPT.name, "muon.py"):
+        assert (reference / name).read_text() == (ROOT / name).read_text()
     assert (reference / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert re.fullmatch(r"hopper__smac__0__\d{8}-\d{6}b*", reference.name)
 
 
-def test_config_holds_every_flag_and_where_it_came_from(reference, dataset):
+def test_config_holds_every_flag_the_task_and_where_it_came_from(reference, dataset):
     config = json.loads((reference / "config.json").read_text())
-    expected = vars(parse(*TINY, "--dataset", dataset))
-    different = {k for k, v in expected.items() if config[k] != (list(v) if isinstance(v, tuple) else v)}
-    assert different == {"runs_dir", "save_replay"}
-    assert config["algorithm"] == "smac" and config["torch"] == torch.__version__ and "--dataset" in config["command"]
+    args, task = parse(*TINY, "--dataset", dataset, "--runs-dir", reference.parent)
+    assert json.loads(json.dumps(dataclasses.asdict(args))).items() <= config.items()
+    assert config["task"] == task._asdict() and config["algorithm"] == "smac"
+    assert config["torch"] == torch.__version__ and "--dataset" in config["command"]
 
 
 def test_metrics_of_every_phase(reference):
-    identity = {"cosine_data", "cosine_policy", "cosine_uniform"}
-    seconds = {"seconds/update"}
-    assert {"loss"} | seconds <= metrics(reference, "score")
-    losses = {"td_loss", "policy_loss", "q", "q_std", "entropy", "temperature"}
-    assert {"sm_loss", "alpha"} | losses | identity | seconds <= metrics(reference, "offline")
-    assert losses | identity | seconds | {"seconds/environment"} <= metrics(reference, "online")
-    assert metrics(reference, "score") | metrics(reference, "offline") | metrics(reference, "online") <= explained()
+    cosines = {"cosine_data", "cosine_policy", "cosine_uniform"}
+    losses = {"td_loss", "policy_loss", "q", "q_std", "entropy", "temperature", "seconds"}
+    assert metrics(reference, "score") == {"loss", "seconds"}
+    assert metrics(reference, "offline") == {"sm_loss", "alpha"} | losses | cosines
+    collected = {"collected", "collected_length", "cosine_collected"}
+    assert metrics(reference, "online") == losses | cosines | collected
+    table = (ROOT / "docs" / "smac.md").read_text().split("| name in `metrics.csv`")[1]
+    explained = {name.split("/")[-1] for name in re.findall(r"`([\w/]+)`", table.split("\n\n")[0])}
+    assert set(explained) >= {row["name"] for row in rows_of(reference / "metrics.csv")}
 
 
-@pytest.mark.parametrize("returns, best", [([1, 3, 5, 2], 50), ([2, 2, 2, 2], 75), ([9, 1, 2, 3], 0)])
-def test_best_is_the_checkpoint_of_the_best_online_evaluation(reference, dataset, tmp_path, monkeypatch, returns, best):
-    """The one at the hand-over counts: where nothing after it is better, best.pt is what came in."""
-    left = iter([*returns, 0])
-    monkeypatch.setattr(smac, "evaluate", lambda policy, envs, seeds: [(next(left), 9, 0.0)] * len(envs))
-    start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
-    folder = run_here(*TINY, *start)
-    assert load(folder / "best.pt")["evaluations"][-1][:2] == ("online", best)
+def test_evaluations_at_every_step_that_is_due(reference):
+    rows = [(row["phase"], int(row["step"])) for row in rows_of(reference / "evaluations.csv")]
+    due = [("offline", step) for step in (0, 25, 50)]
+    due += [("online", step) for step in (0, 25, 50, 75)] + [("final", 80)]
+    assert rows == [row for row in due for _ in range(2)]
+
+
+def test_the_printed_table_is_that_of_the_evaluations(start, capsys):
+    folder = run_here(smac, *start, "--eval-every", 10)
+    printed = dict(re.findall(r"^  (\w.*?) {2,}(-?[\d.]+)$", capsys.readouterr().out, re.MULTILINE))
+    steps = range(0, 81, 10)
+    means = [np.mean([float(r[3]) for r in evaluations(folder, "online", s)]) for s in steps]
+    expected = {
+        "dataset, mean episode": HOPPER["mean_normalized_return"],
+        "at the hand-over": means[0],
+        "worst early": min(means[:5]),  # until step 30 + (80 - 30) / 5 = 40
+        "last": means[-1],
+        "best": max(means),
+        "mean gap to the best": max(means) - np.mean(means),
+        "final, new episodes": np.mean([float(r[3]) for r in evaluations(folder, "final")]),
+    }
+    assert {name: float(x) for name, x in printed.items()} == pytest.approx(expected, abs=0.051)
+    assert list(printed) == list(expected)
+
+
+def test_every_collected_episode_is_logged(reference):
+    _, _, r, _, terminal, _ = replay_columns(reference)
+    ends, rows = (
+        [int(i) + 1 for i in terminal.flatten().nonzero()],
+        rows_of(reference / "metrics.csv"),
+    )
+    found = {}
+    for name in ("collected", "collected_length"):
+        found[name] = {int(x["step"]): float(x["value"]) for x in rows if x["name"] == name}
+    assert ends and list(found["collected"]) == ends
+    for begin, end in zip([0, *ends], ends):
+        score = 100 * (r[begin:end].sum().item() + 20.272305) / (3234.3 + 20.272305)
+        assert found["collected"][end] == pytest.approx(score, rel=1e-3)
+        assert found["collected_length"][end] == end - begin
+
+
+def test_how_often_a_run_logs_does_not_change_it(dataset, tmp_path):
+    flags = [*FEW, "--dataset", dataset, "--runs-dir", tmp_path]
+    one, other = (load(run_here(smac, *flags, "--log-every", n) / "last.pt") for n in (1, 50))
+    assert same(one["agent"], other["agent"]) and same(one["rng"], other["rng"])
+
+
+def test_how_often_a_run_evaluates_does_not_change_it(dataset, tmp_path):
+    flags = [*FEW, "--dataset", dataset, "--runs-dir", tmp_path]
+    one, other = (load(run_here(smac, *flags, "--eval-every", n) / "last.pt") for n in (3, 50))
+    assert same(one["agent"], other["agent"]) and same(one["replay"], other["replay"])
+
+
+def test_keep_every_keeps_networks_to_start_from(dataset, tmp_path):
+    flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--keep-every", 2]
+    folder = run_here(smac, *FEW, *flags)
+    names = ["offline-2", "offline-4", "offline", "last", "score-2"]
+    names += [f"online-{step}" for step in range(2, 13, 2)]
+    assert {p.stem for p in folder.glob("*.pt")} == set(names)
+    assert same(load(folder / "offline-4.pt")["agent"], load(folder / "offline.pt")["agent"])
+    kept = ["--init-from", folder / "online-10.pt", "--runs-dir", tmp_path / "b"]
+    assert load(run_here(smac, *kept, *FEW) / "last.pt")["done"] == dict(online=12)
 
 
 # ---- from offline to online
 def test_the_hand_over_changes_nothing(reference):
-    """The online phase starts with the networks, and with the episodes, that pretraining ended with."""
+    """The online phase starts with the policy and the episodes that pretraining ended with."""
     assert evaluations(reference, "online", 0) == evaluations(reference, "offline", 50) != []
 
 
-@pytest.mark.parametrize(
-    "algorithm, flags",
-    [
-        ("sac", ["--utd", 4, "--backup-entropy"]),
-        ("td3", ["--offline-fraction", 0]),
-        ("td3+bc", ["--bc-weight", 0.2]),
-        ("awr", ["--offline-fraction", 1]),
-        ("none", []),
-    ],
-)
-def test_every_online_algorithm_starts_from_offline_pt(reference, dataset, tmp_path, algorithm, flags):
-    start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
-    folder = run_here(*TINY, *start, "--online-algorithm", algorithm, *flags)
-    assert {row["phase"] for row in rows_of(folder / "evaluations.csv")} <= {"online", "final"}
-    assert len(evaluations(folder, "final")) == 2
-    agent, before = load(folder / "last.pt")["agent"] if algorithm != "none" else None, load(reference / "offline.pt")
-    if algorithm != "none":
-        assert evaluations(folder, "online", 0) == evaluations(reference, "offline", 50) != []
-        assert {"td_loss", "policy_loss"} <= metrics(folder, "online") <= explained()
-        assert not torch.equal(agent["policy.head.weight"], before["agent"]["policy.head.weight"])
-        assert same(load(folder / "last.pt")["score_model"], before["score_model"])
-
-
-def test_a_checkpoint_brings_the_shape_of_its_networks(reference, dataset, tmp_path):
-    """--init-from with no flag for any network, none of which has its default size."""
-    shapes = ("score", "num-critics", "critic-hidden", "policy-hidden")
-    flags, keep = [], True
-    for word in TINY:
-        keep = not word.startswith(tuple(f"--{shape}" for shape in shapes)) if word.startswith("--") else keep
-        flags += [word] * keep
-    start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
-    folder = run_here(*flags, *start)
-    assert evaluations(folder, "online", 0) == evaluations(reference, "offline", 50)
-
-
 def test_the_online_phase_begins_with_the_policy_that_was_evaluated(dataset, tmp_path):
-    flags = ["--online-steps", 10, "--warmup-steps", 10, "--policy-average", 0.05, "--dataset", dataset]
-    folder = run_here(*TINY, *flags, "--runs-dir", tmp_path)
-
-    def parts(name, network):
-        agent = load(folder / name)["agent"]
-        return [v for k, v in sorted(agent.items()) if k.startswith(f"{network}.")]
-
-    average = parts("offline.pt", "policy_average")
-    assert not same(parts("offline.pt", "policy"), average)
-    for network in ("policy", "policy_average", "policy_target"):  # no update has followed
-        assert same(parts("last.pt", network), average)
+    flags = ["--online-steps", 5, "--warmup-steps", 5, "--policy-average-rate", 0.05]
+    folder = run_here(smac, *FEW, *flags, "--dataset", dataset, "--runs-dir", tmp_path)
+    before, after = load(folder / "offline.pt"), load(folder / "last.pt")
+    average = part(before, "policy_average")
+    assert not same(part(before, "policy"), average)
+    for network in POLICIES:  # no update has followed
+        assert same(part(after, network), average)
 
 
-def test_a_checkpoint_brings_its_task_its_dataset_and_what_its_critics_were_trained_for(reference, tmp_path):
-    state = load(reference / "offline.pt")
-    changed = dict(task="hopper-medium-v2", dataset="a.hdf5", gamma=0.9, tau=0.5, online_steps=7)
-    for algorithm, tau in (("smac", 0.5), ("iql", smac.OfflineFlags.tau)):
-        torch.save(state | dict(args=state["args"] | changed | dict(algorithm=algorithm)), tmp_path / "offline.pt")
-        args = parse("--init-from", tmp_path / "offline.pt")
-        assert (args.task, args.dataset, args.gamma, args.tau) == ("hopper-medium-v2", "a.hdf5", 0.9, tau)
-        assert args.online_steps == smac.OnlineFlags.online_steps
-        assert parse("--init-from", tmp_path / "offline.pt", "--task", "hopper-embedded").dataset is None
+@pytest.mark.parametrize("algorithm", ["sac", "td3", "td3+bc", "awr"])
+def test_every_online_algorithm_starts_from_offline_pt(reference, start, algorithm):
+    """With no flag for any network: the checkpoint brings their shapes."""
+    flags = ["--online-algorithm", algorithm, "--online-steps", 20, "--warmup-steps", 10]
+    folder = run_here(smac, *start, *flags)
+    assert metrics(folder, "online") >= {"td_loss", "policy_loss"} and not metrics(folder, "score")
+    assert evaluations(folder, "online", 0) == evaluations(reference, "offline", 50)
+    before, after = load(reference / "offline.pt"), load(folder / "last.pt")
+    assert not same(part(after, "policy"), part(before, "policy"))
+    assert same(part(after, "score_model"), part(before, "score_model"))
+    assert after["done"] == dict(online=20) and not (folder / "offline.pt").exists()
 
 
-def test_every_collected_episode_is_kept(reference):
-    rows, episodes = load(reference / "last.pt")["replay"]["rows"], rows_of(reference / "episodes.csv")
-    ends = [i + 1 for i, row in enumerate(rows[:, -2:]) if row.any()]
-    assert ends and [int(e["step"]) for e in episodes] == ends
-    for begin, end, episode in zip([0, *ends], ends, episodes):
-        assert float(episode["return"]) == pytest.approx(rows[begin:end, 14].sum().item(), rel=1e-4)
-        assert int(episode["length"]) == end - begin
+def test_a_checkpoints_flags_are_the_defaults_but_for_what_was_that_runs_alone(reference, dataset):
+    start = ["--init-from", reference / "offline.pt"]
+    args, task = parse(*start, "--critic-lr", 1e-5)
+    saved = smac.Args(**load(reference / "offline.pt")["args"])
+    changed = dict(init_from=str(start[1]), online_steps=200_000, runs_dir="runs", critic_lr=1e-5)
+    assert args == dataclasses.replace(saved, **changed)
+    assert args.dataset == str(dataset) and task.env_id == "Hopper-v5"
+    assert parse(*start, "--preset", "small")[0].online_steps == 17_500
 
 
-def test_a_resumed_runs_configuration_says_so(reference, tmp_path):
-    folder = shutil.copytree(reference, tmp_path / "run")
-    (folder / "notes.csv").write_text("a user's own")
-    run_here("--resume", folder, "--online-steps", 85, "--critic-lr", 1e-4, "--save-replay", tmp_path / "replay.hdf5")
-    before, after = (json.loads((path / "config.json").read_text()) for path in (reference, folder))
-    assert (after["online_steps"], after["critic_lr"]) == (85, 1e-4) and after["command"] == before["command"]
-    assert "--resume" in after["resumed"][0]["command"]
-    tables = load(folder / "last.pt")["sizes"].keys()  # what a resume cuts off at the checkpoint: nobody else's files
-    assert tables == {"metrics.csv", "evaluations.csv", "episodes.csv"}
+def test_rates_are_those_of_the_flags_and_online_their_share(start):
+    flags = ["--critic-lr", 1e-5, "--policy-lr", 1e-6, "--temperature-lr", 1e-7]
+    state = load(run_here(smac, *start, *FEW, *flags, "--online-lr-scale", 0.5) / "last.pt")
+    for name, rate in dict(critic=0.5e-5, policy=0.5e-6, temperature=1e-7).items():
+        rates = [group["lr"].item() for group in state[name]["param_groups"]]
+        assert rates == pytest.approx([rate] * len(rates)), name
 
 
-def test_networks_of_another_script_go_online_too(reference, dataset, tmp_path):
-    """Such a file has an agent with fewer parts, no score model and other optimisers."""
+def test_networks_of_another_script_go_online_too(reference, start, tmp_path):
+    """Such a file has an agent with fewer parts, and no optimisers that fit."""
     state = load(reference / "offline.pt")
     agent = {k: v for k, v in state["agent"].items() if k.startswith("critic")}
-    agent |= {k.replace("_average", ""): v for k, v in state["agent"].items() if k.startswith("policy_average")}
-    state = {k: v for k, v in state.items() if k not in ("score_model", "critic", "policy", "temperature", "alpha_net")}
-    torch.save(state | dict(agent=agent, args=state["args"] | dict(algorithm="iql")), tmp_path / "offline.pt")
-    start = ["--init-from", tmp_path / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path / "runs"]
-    folder = run_here(*TINY, *start)
+    for name, x in state["agent"].items():
+        if name.startswith("policy_average"):
+            agent[name.replace("_average", "")] = x
+    args = {k: v for k, v in state["args"].items() if k not in ("score_hidden", "optimizer", "tau")}
+    state |= dict(agent=agent, args=args | dict(preset="auto"), algorithm="iql", policy={})
+    torch.save(state, tmp_path / "offline.pt")
+    folder = run_here(smac, *start, *TINY, "--init-from", tmp_path / "offline.pt")
     assert evaluations(folder, "online", 0) == evaluations(reference, "offline", 50)
-    assert parse(*start, "--optimizer", "adam").optimizer == "adam"  # its optimisers are fresh in any case
+    assert parse("--init-from", tmp_path / "offline.pt")[0].tau == smac.Args.tau
 
 
-def test_the_curve_hands_over_where_pretraining_ended(dataset, tmp_path, monkeypatch):
-    """Not at its last evaluation: here there is none after the first."""
-    drawn, lines = [], []
-    plot, axvline = Axes.plot, Axes.axvline
-    monkeypatch.setattr(Axes, "plot", lambda self, x, *rest, **kw: (drawn.append(x), plot(self, x, *rest, **kw))[1])
-    monkeypatch.setattr(Axes, "axvline", lambda self, x, **kw: (lines.append(x), axvline(self, x, **kw))[1])
-    steps = ["--score-steps", 1, "--offline-steps", 4, "--online-steps", 20, "--warmup-steps", 15, "--eval-every", 10]
-    run_here(*TINY, *steps, "--dataset", dataset, "--runs-dir", tmp_path)
-    assert lines == [4] and drawn == [(0,), (4, 14, 24)]
+@pytest.mark.parametrize("log_std", [None, -1.5])
+def test_a_policy_without_a_deviation_gets_one(reference, start, tmp_path, log_std):
+    """IQL's has one for all states, TD3+BC's has none."""
+    state = load(reference / "offline.pt")
+    for name in ("policy.head.weight", "policy.head.bias"):
+        state["agent"][name] = state["agent"][name][:3]
+    if log_std:
+        state["agent"]["policy.log_std"] = torch.full((3,), log_std)
+    torch.save(state | dict(algorithm="td3_bc"), tmp_path / "offline.pt")
+    flags = ["--init-from", tmp_path / "offline.pt", "--online-steps", 5, "--warmup-steps", 5]
+    after = load(run_here(smac, *FEW, *start, *flags) / "last.pt")["agent"]
+    assert torch.equal(after["policy.head.bias"][:3], state["agent"]["policy.head.bias"])
+    deviation = after["policy.head.bias"][3:].exp().tolist()
+    assert deviation == pytest.approx([np.exp(log_std or np.log(0.1))] * 3)
+    assert (after["policy.head.weight"][3:] == 0).all() and after["q_scale"] > 0
 
 
-def test_from_scratch_needs_no_dataset(tmp_path):
-    flags = ["--offline-steps", 0, "--online-steps", 60, "--warmup-steps", 20, "--runs-dir", tmp_path]
-    folder = run_here(*TINY, *flags, "--dataset", tmp_path / "nowhere.hdf5")
-    assert {row["phase"] for row in rows_of(folder / "metrics.csv")} == {"online"}
+def test_online_kappa_fits_a_score_model_where_there_is_none(dataset, tmp_path):
+    flags = [*FEW, "--dataset", dataset, "--runs-dir", tmp_path]
+    plain = run_here(smac, *flags, "--kappa", 0, "--online-steps", 0)
+    assert not load(plain / "offline.pt")["agent"]["score_model.fitted"]
+    assert load(plain / "last.pt")["done"] == dict(offline=4)
+    start = [
+        "--init-from",
+        plain / "offline.pt",
+        "--online-steps",
+        12,
+        "--runs-dir",
+        tmp_path / "b",
+    ]
+    folder = run_here(smac, *start, "--online-kappa", 2, "--log-every", 1)
     state = load(folder / "last.pt")
-    assert state["position"] == dict(online=60)
-    actions = state["replay"]["rows"][:20, 11:14]  # the warm start is uniform
-    assert actions.abs().max() > 0.8 and actions.abs().max() <= 1 and 0.4 < actions.std() < 0.75
+    assert state["done"] == dict(score=3, online=12) and state["agent"]["score_model.fitted"]
+    assert {"sm_loss", "cosine_policy"} <= metrics(folder, "online")
 
 
-@pytest.mark.parametrize("mode", ["fixed", "learned"])
-def test_alpha_modes_and_normalised_observations(dataset, tmp_path, mode):
-    flags = ["--alpha-mode", mode, "--normalize-observations", "--online-algorithm", "none", "--runs-dir", tmp_path]
-    folder = run_here(*TINY, *flags, "--dataset", dataset, "--score-steps", 10, "--offline-steps", 25)
-    agent = load(folder / "offline.pt")["agent"]
-    with h5py.File(dataset) as f:
-        mean = torch.as_tensor(f["observations"][()].mean(0))
-    for network in ("policy", "critic", "policy_average", "policy_target", "critic_target"):
-        torch.testing.assert_close(agent[f"{network}.mean"], mean, rtol=1e-3, atol=1e-3)
-        assert (agent[f"{network}.std"] != 1).all()
+# ---- from scratch
+def test_from_scratch_needs_no_rows(tmp_path):
+    empty = {}
+    for name, shape in dict(observations=(0, 11), actions=(0, 3), rewards=(0,)).items():
+        empty[name] = np.zeros(shape, np.float32)
+    for name in ("terminals", "ends"):
+        empty[name] = np.zeros(0, bool)
+    path = prepared_file(tmp_path / "empty.hdf5", empty | dict(returns=np.zeros(0, np.float32)))
+    flags = ["--dataset", path, "--offline-steps", 0, "--warmup-steps", 20, "--online-steps", 30]
+    folder = run_here(smac, *FEW, *flags, "--runs-dir", tmp_path / "runs")
+    assert {row["phase"] for row in rows_of(folder / "metrics.csv")} == {"online"}
+    assert load(folder / "last.pt")["done"] == dict(online=30)
+    actions = replay_columns(folder)[1][:20]  # the warm start is uniform
+    assert 0.8 < actions.abs().max() <= 1 and 0.4 < actions.std() < 0.75
 
 
-def test_the_checkpoint_holds_the_normaliser_of_every_network(reference):
-    state = load(reference / "offline.pt")  # the embedded row normalises observations in policy and critics
-    for name in ("policy", "policy_average", "policy_target", "critic", "critic_target"):
-        assert torch.equal(state["agent"][f"{name}.mean"], state["score_model"]["mean"])
-        assert torch.equal(state["agent"][f"{name}.std"], state["score_model"]["std"])
-    assert (state["score_model"]["std"] != 1).all()
+# ---- what is collected
+def test_a_time_out_is_no_terminal_and_has_its_own_last_state(tmp_path):
+    """Offline, where the file shows it in a row of its own, and online."""
+    path = hopper_file(tmp_path / "short.hdf5", 4, max_episode_steps=7)  # too short to fall
+    data = smac.load_dataset(path, 11, 3)
+    assert len(data["rewards"]) == 3 * 7 + 6 and not data["terminals"].any()
+    assert np.flatnonzero(data["last"]).tolist() == [6, 13, 20, 26]
+
+    flags = ["--dataset", path, "--runs-dir", tmp_path, "--online-steps", 30, "--warmup-steps", 25]
+    folder = run_here(smac, *FEW, *flags)
+    task = smac.read_task(path)
+    s, a, _, s_next, terminal, _ = replay_columns(folder)
+    assert terminal.sum() == 0
+    env = smac.TaskEnv(task)
+    for begin, seed in ((0, 0), (7, 7)):
+        obs, _ = env.reset(smac.episode_seed(0, smac.TRAINING, seed))
+        for t in range(begin, begin + 7):
+            np.testing.assert_array_equal(s[t], obs)
+            obs = env.step(a[t].numpy())[0]
+            np.testing.assert_array_equal(s_next[t], obs)
+    follows = (s_next[:-1] == s[1:]).all(1)
+    assert (~follows).nonzero().flatten().tolist() == [6, 13, 20, 27]
 
 
-def test_observations_are_not_normalised_where_not_asked(dataset, tmp_path):
-    few = ("--no-normalize-observations", "--online-algorithm", "none", "--score-steps", 1, "--offline-steps", 1)
-    folder = run_here(*TINY, "--dataset", dataset, "--runs-dir", tmp_path, *few)
-    state = load(folder / "offline.pt")
-    assert (state["agent"]["policy.mean"] == 0).all() and (state["agent"]["critic.std"] == 1).all()
-    assert (state["score_model"]["std"] != 1).all()  # the score model always is
+def test_terminals_are_stored_and_every_episode_starts_anew(reference, dataset):
+    s, _, _, s_next, terminal, _ = replay_columns(reference)
+    follows = (s_next[:-1] == s[1:]).all(1)
+    assert torch.equal(~follows, terminal[:-1, 0].bool()) and terminal.sum() >= 2
+    starts = s[torch.cat([torch.tensor([True]), ~follows])]
+    assert len(starts.unique(dim=0)) == len(starts)
+    data = smac.load_dataset(dataset, 11, 3)
+    assert data["terminals"].sum() == 14 and data["last"].sum() == 15  # the tail is open
+    before = ~data["last"]
+    before[-1] = False
+    following = data["observations"][1:][before[:-1]]
+    np.testing.assert_array_equal(data["next_observations"][before], following)
 
 
-def test_init_from_takes_the_learning_rates_of_the_flags(reference, dataset, tmp_path):
-    start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
-    folder = run_here(*TINY, *start, "--critic-lr", 1e-5, "--online-lr-scale", 1)
-    rates = [group["lr"].item() for group in load(folder / "last.pt")["critic"]["param_groups"]]
-    assert rates == pytest.approx([1e-5, 1e-5])
-
-
-def test_a_checkpoint_counts_the_step_it_was_made_in(reference):
-    assert load(reference / "offline.pt")["position"] == dict(score=50, offline=50)
-
-
-def test_from_scratch_leaves_a_fraction_of_no_dataset(tmp_path):
-    few = ["--offline-steps", 0, "--offline-fraction", 0.5, "--runs-dir", tmp_path]
-    assert load(run_here(*TINY, *few) / "last.pt")["position"] == dict(online=80)
-
-
-def test_a_single_critic_is_enough(dataset, tmp_path):
-    folder = run_here(*TINY, "--dataset", dataset, "--runs-dir", tmp_path, "--num-critics", 1)
-    assert load(folder / "last.pt")["position"]["online"] == 80
-
-
-def test_what_cannot_be_written_at_the_end_does_not_cost_the_summary(reference, dataset, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(smac.Replay, "write", full)
-    start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
-    folder = run_here(*TINY, *start, "--save-replay", tmp_path / "replay.hdf5")
-    assert (folder / "curve.png").exists()
-
-
-def test_stop_at_score_ends_the_run_early(reference, dataset, tmp_path):
-    start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
-    folder = run_here(*TINY, *start, "--stop-at-score", -1000)
-    assert load(folder / "last.pt")["position"]["online"] == 25
-    assert len(evaluations(folder, "final")) == 2
+def test_training_sees_scaled_rewards_and_evaluation_raw_ones(tmp_path):
+    door = dict(env_id="gymnasium_robotics:AdroitHandDoorSparse-v1", max_episode_steps=20)
+    door |= dict(family="adroit", goals=1, reward_scale=10.0, reward_bias=-5.0)
+    door |= dict(return_0=0.0, return_100=1.0)
+    columns = dict(observations=np.random.default_rng(0).normal(size=(30, 39)).astype(np.float32))
+    columns |= dict(actions=np.zeros((30, 28), np.float32), ends=np.arange(30) % 10 == 9)
+    columns |= dict(terminals=columns["ends"], returns=np.full(30, -9, np.float32))
+    columns |= dict(rewards=columns["ends"].astype(np.float32))
+    path = prepared_file(tmp_path / "door.hdf5", columns, **door)
+    data = smac.load_dataset(path, 39, 28)
+    replay = smac.dataset_replay(data, smac.read_task(path), torch.device("cpu"))
+    assert replay.unpack(replay.rows).r.tolist() == 3 * [*9 * [-5.0], 5.0]
+    folder = run_here(smac, *FEW, "--dataset", path, "--runs-dir", tmp_path)
+    assert (replay_columns(folder, 39, 28)[2] == -5).all()
+    assert evaluations(folder, "final") == [["0", "0", "20", "0"]]
 
 
 # ---- what the updates get
-def calls(monkeypatch, owner, name):
-    """A list that fills with the arguments of every call."""
-    function, seen = getattr(owner, name), []
-    monkeypatch.setattr(owner, name, lambda *x: (seen.append(x), function(*x))[1])
-    return seen
+def test_the_score_is_asked_of_averaged_weights_without_dropout(reference):
+    seen, state = [], load(reference / "last.pt")
+    for name, x in state["model"].items():
+        average = state["agent"][f"score_model.{name}"]
+        if name.endswith("weight"):
+            seen.append((x - average).abs().max())
+    assert seen and all(0 < difference < 0.1 for difference in seen)
+    agent = smac.Agent(11, 3, smac.Args(**state["args"]))
+    assert not agent.score_model.training
+    assert not any(p.requires_grad for p in agent.score_model.parameters())
 
 
-def test_the_score_is_asked_of_averaged_weights_without_dropout(dataset, tmp_path, monkeypatch):
-    seen = calls(monkeypatch, smac.Updates, "offline")
-    flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--offline-steps", 3, "--online-algorithm", "none"]
-    state = load(run_here(*TINY, *flags) / "last.pt")
-    model = seen[0][0].model
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert same(dict(model.state_dict()), state["score_model"])
-    differences = [(x - state["score_model"][k]).abs().max() for k, x in state["model"].items() if k.endswith("weight")]
-    assert all(0 < d < 0.1 for d in differences)
-
-
-@pytest.mark.parametrize("flag, conditioned", [("--score-return", True), ("--no-score-return", False)])
-def test_the_score_is_conditioned_on_the_return_unless_told_not_to(dataset, tmp_path, monkeypatch, flag, conditioned):
-    seen = calls(monkeypatch, smac, "diffusion_loss")
-    flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--online-algorithm", "none", "--offline-steps", 1]
-    run_here(*TINY, *flags, "--score-steps", 4, flag)
+@pytest.mark.parametrize("flag", ["--score-return", "--no-score-return"])
+def test_the_score_is_conditioned_on_the_return_unless_told_not_to(
+    dataset, tmp_path, monkeypatch, flag
+):
+    seen = calls(monkeypatch, smac.ScoreModel, "loss")
+    flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--online-steps", 0]
+    run_here(smac, *FEW, *flags, flag)
     w = torch.cat([w for _, _, _, w in seen])
-    assert w.min() >= 0 and w.max() <= 1 and bool((w < 1).any()) == conditioned
+    assert w.min() >= 0 and w.max() <= 1 and bool((w < 1).any()) == (flag == "--score-return")
 
 
-def test_online_batches_mix_dataset_and_replay_after_the_warm_start(reference, dataset, tmp_path, monkeypatch):
-    seen = calls(monkeypatch, smac.Updates, "online")
-    start = ["--init-from", reference / "offline.pt", "--dataset", dataset, "--runs-dir", tmp_path]
-    folder = run_here(*TINY, *start, "--offline-fraction", 0.25)
-    collected = {tuple(row.tolist()) for row in load(folder / "last.pt")["replay"]["rows"]}
-    mine = torch.tensor([[tuple(row.tolist()) in collected for row in rows] for _, rows, _ in seen])
-    assert mine.shape == (80 - 30, 16) and (mine.sum(1) == 12).all()
-    assert not mine[:, :12].all()  # shuffled: with --utd the parts are alike
+def test_online_batches_mix_dataset_and_replay_after_the_warm_start(start, monkeypatch):
+    seen = calls(monkeypatch, smac.Agent, "online_update")
+    flags = ["--online-steps", 25, "--warmup-steps", 20, "--offline-fraction", 0.25]
+    folder = run_here(smac, *start, *flags)
+    collected = {tuple(s.tolist()) for s in replay_columns(folder)[0]}
+    assert len(seen) == 25 - 20
+    mine = []
+    for _, batch in seen:
+        mine.append([tuple(s.tolist()) in collected for s in batch.s])
+    assert {sum(row) for row in mine} == {12}
+    assert mine[0] != mine[1]  # score matching takes policy actions at the first half of the states
 
 
-# ---- collected data
-def test_a_saved_replay_is_what_was_collected(reference):
-    state = load(reference / "last.pt")["replay"]["rows"]
-    with h5py.File(reference.parents[1] / "replay.hdf5") as f:
-        assert {"command", "git_commit", "seed", "env_id"} <= f.attrs.keys()
-        saved = {k: torch.as_tensor(f[k][()]) for k in f}
-    s, a, r, _, terminal, cut = state.split((11, 3, 1, 11, 1, 1), 1)
-    columns = dict(observations=s, actions=a, rewards=r, terminals=terminal, timeouts=cut)
-    for name, column in columns.items():
-        torch.testing.assert_close(saved[name].float(), column.squeeze(1), rtol=0, atol=0)
+@pytest.mark.parametrize("flag", ["--normalize-observations", "--no-normalize-observations"])
+def test_observations_are_normalised_where_asked(dataset, tmp_path, flag):
+    flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--online-steps", 0]
+    state = load(run_here(smac, *FEW, *flags, flag) / "offline.pt")["agent"]
+    mean = smac.load_dataset(dataset, 11, 3)["observations"].mean(0)
+    for network in (*POLICIES, "critic", "critic_target", "score_model"):
+        expected = torch.as_tensor(mean)
+        if flag.startswith("--no-") and network != "score_model":  # it always is
+            expected = torch.zeros(11)
+        found = state[f"{network}.normalize.mean"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert bool((state[f"{network}.normalize.std"] == 1).all()) == bool((found == 0).all())
 
 
-def test_every_training_episode_starts_anew(reference):
-    rows = load(reference / "last.pt")["replay"]["rows"]
-    ends = rows[:-1, -2:].any(1)
-    starts = rows[torch.cat([torch.tensor([True]), ends])][:, :11]
-    assert len(starts) >= 2 and len(starts.unique(dim=0)) == len(starts)
-
-
-def test_a_saved_replay_is_a_dataset(reference, tmp_path):
-    flags = ["--dataset", reference.parents[1] / "replay.hdf5", "--runs-dir", tmp_path]
-    folder = run_here(*TINY, *flags, "--score-steps", 10, "--offline-steps", 10, "--online-algorithm", "none")
-    assert load(folder / "last.pt")["position"] == dict(score=10, offline=10)
-
-
-def test_a_time_out_is_stored_as_no_terminal_with_the_episodes_own_next_state(tmp_path, monkeypatch):
-    task = dataclasses.replace(smac.TASKS["hopper-embedded"], max_steps=7)  # too short to fall
-    monkeypatch.setitem(smac.TASKS, "hopper-embedded", task)
-    flags = ["--offline-steps", 0, "--online-steps", 40, "--warmup-steps", 30, "--runs-dir", tmp_path]
-    rows = load(run_here(*TINY, *flags) / "last.pt")["replay"]["rows"]
-    s, _, _, s_next, terminal, cut = rows.split((11, 3, 1, 11, 1, 1), 1)
-    assert terminal.sum() == 0
-    assert cut.squeeze(1).nonzero().squeeze(1).tolist() == [6, 13, 20, 27, 34]
-    follows = (s_next[:-1] == s[1:]).all(1)
-    assert torch.equal(follows, cut[:-1, 0] == 0)
-    env = smac.TaskEnv(task)
-    env.reset(seed=smac.episode_seed(0, smac.TRAINING, 0))
-    for action in rows[:7, 11:14]:
-        obs = env.step(action.numpy())[0]
-    torch.testing.assert_close(s_next[6], torch.as_tensor(obs), rtol=0, atol=0)
-
-
-def test_training_sees_transformed_rewards_and_evaluation_raw_ones(tmp_path):
-    flags = ["--task", "door-binary-v0", "--offline-steps", 0, "--online-steps", 20, "--warmup-steps", 15]
-    flags += ["--eval-episodes", 1, "--final-episodes", 1, "--runs-dir", tmp_path / "runs"]
-    folder = run_here(*TINY, *flags, "--save-replay", tmp_path / "replay.hdf5")
-    assert (load(folder / "last.pt")["replay"]["rows"][:, 39 + 28] == -5).all()
-    with h5py.File(tmp_path / "replay.hdf5") as f:
-        assert (f["rewards"][()] == -1).all()
-    assert evaluations(folder, "final") == [("0", "-200", "200", "0")]
+def test_a_single_critic_is_enough(dataset, tmp_path):
+    flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--num-critics", 1]
+    assert load(run_here(smac, *FEW, *flags) / "last.pt")["done"]["online"] == 12
 
 
 # ---- flags
@@ -350,54 +394,57 @@ def test_help_names_every_flag(capsys):
         parse("--help")
     text = capsys.readouterr().out
     assert end.value.code in (0, None)
-    assert [name for name in vars(parse()) if f"--{name.replace('_', '-')}" not in text] == []
+    for field in dataclasses.fields(smac.Args):
+        assert f"--{field.name.replace('_', '-')}" in text
 
 
-def test_a_row_sets_defaults_and_flags_override_it():
-    assert parse().score_steps == smac.ROWS["hopper-embedded"]["score_steps"]
-    door = parse("--task", "door-binary-v0", "--critic-hidden", 64)
-    assert door.policy_hidden == (256,) * 3 and door.awr_temperature == 20.0 and door.critic_hidden == (64,)
-    assert parse("--task", "kitchen-mixed-v0").kappa == 50.0
-    plain = parse("--task", "hopper-medium-replay-v2")
-    assert plain.kappa == 40.0 and plain.score_steps == 1_000_000 and plain.num_critics == 10
-    scratch = parse("--offline-steps", 0)
-    assert scratch.optimizer == "adam" and scratch.backup_entropy and scratch.online_steps == 1_000_000
+def test_a_preset_sets_defaults_and_flags_override_it(dataset, tmp_path):
+    assert parse()[0].score_steps == smac.PRESETS["small"]["score_steps"]
+    assert parse("--preset", "paper")[0] == dataclasses.replace(smac.Args(), preset="paper")
+    scratch = parse("--offline-steps", 0)[0]
+    assert scratch.optimizer == "adam" and scratch.backup_entropy
+    assert parse("--offline-steps", 0, "--preset", "small")[0].optimizer == "muon"
+    families = dict(locomotion="paper", other="paper", adroit="adroit", kitchen="kitchen")
+    for family, name in families.items():
+        path = prepared_file(tmp_path / f"{family}.hdf5", {}, family=family)
+        args = parse("--dataset", path, "--kappa", 7)[0]
+        expected = dataclasses.replace(smac.Args(), **smac.PRESETS[name])
+        assert args == dataclasses.replace(expected, dataset=str(path), kappa=7.0)
 
 
-def test_every_row_names_real_flags_with_values_of_their_type():
-    flags = vars(parse("--task", "hopper-medium-v2"))
-    for name, row in smac.ROWS.items():
-        assert row.keys() <= flags.keys(), name
-        assert all(type(value) is type(flags[k]) for k, value in row.items()), name
+def test_every_preset_names_real_flags_with_values_of_their_type():
+    defaults = dataclasses.asdict(smac.Args())
+    for name, preset in smac.PRESETS.items():
+        for flag, value in preset.items():
+            assert type(value) is type(defaults[flag]), (name, flag)
 
 
-def test_every_task_parses():
-    for name in smac.TASKS:
-        assert parse("--task", name).task == name
+def test_home_is_found_in_every_path(reference, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(dataset.parent))
+    args, _ = parse("--dataset", f"~/{dataset.name}", "--runs-dir", "~/runs")
+    assert smac.find_dataset(args.dataset) == dataset
+    args.device = "cpu"
+    task = smac.read_task(dataset)
+    run = smac.Run(args, task, {}, {})
+    assert run.path.parent == dataset.parent / "runs"
+    monkeypatch.setenv("HOME", str(reference))
+    assert parse("--init-from", "~/offline.pt")[0].num_critics == 3
+    assert parse("--resume", "~")[0].resume == "~"
 
 
-def test_a_resumed_runs_flags_are_the_defaults(reference):
-    args = parse("--resume", reference, "--online-steps", 90)
-    assert args.online_steps == 90 and args.score_steps == 50 and args.critic_hidden == (16, 16)
-    assert args.resume == reference
+def test_a_run_needs_no_git(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--online-steps", 0, "--kappa", 0]
+    folder = run_here(smac, *FEW, *flags, "--offline-steps", 1)
+    assert json.loads((folder / "config.json").read_text())["commit"] == ""
 
 
-# ---- compilation
-def test_without_a_compiler_the_run_goes_on_with_a_warning(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    flags = ["--dataset", dataset, "--runs-dir", tmp_path / "runs", "--score-steps", 5, "--offline-steps", 5]
-    folder = run_here(*TINY, *flags, "--compile", "--online-algorithm", "none")
-    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
-    assert "going on" in warning and load(folder / "last.pt")["position"]["offline"] == 5
+def test_networks_can_be_evaluated_without_a_step(reference, start):
+    folder = run_here(smac, *start, "--online-steps", 0)
+    assert len(evaluations(folder, "final")) == 2
 
 
-@pytest.mark.skipif(not os.environ.get("SMAC_TEST_COMPILE"), reason="minutes of compilation: set SMAC_TEST_COMPILE=1")
-def test_compiled_updates_compute_the_same(dataset, tmp_path):
-    flags = ["--dataset", dataset, "--score-steps", 5, "--offline-steps", 20, "--online-steps", 50]
-    states = []
-    for extra in ([], ["--compile"]):
-        runs = tmp_path / str(len(extra))
-        states.append(load(run_here(*TINY, *flags, "--runs-dir", runs, *extra) / "offline.pt"))
-        assert load(only_run(runs) / "last.pt")["position"]["online"] == 50
-    for name, x in states[0]["agent"].items():
-        torch.testing.assert_close(states[1]["agent"][name], x, rtol=1e-3, atol=1e-4)
+def test_the_next_command_is_printed_only_where_it_works(dataset, tmp_path, capsys):
+    flags = ["--offline-steps", 0, "--dataset", dataset, "--runs-dir", tmp_path]
+    run_here(smac, *FEW, *flags)
+    assert "offline.pt" not in capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""The work of an update step, which a machine's noise does not change: matrix products, copies, graphs, waits. And
-SMAC's update against the naive one of experiments/speed.py."""
+"""The work of an update step, which a machine's noise does not change: matrix products, copies,
+graphs, waits. And SMAC's update against the naive one of experiments/speed.py."""
 
 import csv
 import itertools
@@ -32,28 +32,35 @@ def float32(monkeypatch):
         monkeypatch.setattr(module, "bf16_is_fast", lambda device: False)
 
 
-def batch(row, n=BATCH):
-    return speed.replay(row, speed.transitions(1000)).sample(n)
+def sample(n=BATCH) -> smac.Batch:
+    replay = speed.make_replay(speed.transitions(1000))
+    return replay.unpack(replay.sample(n))
 
 
-# ---- work. A product of (m, k) and (k, n) is 2 m k n operations. Forward passes; a critic's head is no matrix product
+# ---- work. A product of (m, k) and (k, n) is 2 m k n operations. First the forward passes; a
+# critic's head is no matrix product
 STATE, HIDDEN = 2 * B * OBS * h, 2 * B * h * h  # the first layer of a policy, any hidden layer
-PI, V = STATE + HIDDEN + 2 * B * h * ACT, STATE + HIDDEN + 2 * B * h  # a deterministic policy; a value
+PI, V = STATE + HIDDEN + 2 * B * h * ACT, STATE + HIDDEN + 2 * B * h  # a deterministic policy; V
 GAUSSIAN = PI + 2 * B * h * ACT  # twice as many outputs
 Q = N * (2 * B * (OBS + ACT) * h + HIDDEN)  # all critics
-# A backward pass repeats the forward pass for the weights, and for what goes in; into the first layer nothing needs to.
+# A backward pass repeats the forward pass for the weights, and for what goes in; into the first
+# layer nothing needs to.
 Q_STEP = Q + Q + N * HIDDEN
-POLICY_STEP = GAUSSIAN + Q + Q + 2 * GAUSSIAN - STATE  # through the critics, whose own weights get no gradient
+# through the critics, whose own weights get no gradient
+POLICY_STEP = GAUSSIAN + Q + Q + 2 * GAUSSIAN - STATE
 MUON = 3 * 3 * 2 * h**3  # three steps of three products for a matrix
 
 
 def smac_products():
     width, condition = SCORE["score_hidden"], SCORE["score_condition_hidden"][0]
-    score = (OBS + 1) * condition + condition**2 + condition * 64 + 2 * 64 * 64  # the condition, the time
+    score = (OBS + 1) * condition + condition**2 + condition * 64  # the condition
+    score += 2 * 64 * 64  # the level
     score += (ACT + 128) * width + SCORE["score_blocks"] * 2 * 4 * width**2 + width * ACT
-    gradient = N * (HIDDEN + 2 * B * h * ACT)  # grad_a Q back from the last layer: as many products as its forward pass
+    # grad_a Q back from the last layer: as many products as its forward pass
+    gradient = N * (HIDDEN + 2 * B * h * ACT)
     critics = GAUSSIAN + Q + Q_STEP  # TD target and TD loss
-    # the score of half policy actions, then grad_a Q: two passes, each with weights and inputs on the way back
+    # the score of half policy actions, then grad_a Q: two passes, each with weights and inputs on
+    # the way back
     matching = GAUSSIAN / 2 + 2 * B * score + Q_STEP + 3 * gradient
     return critics + matching + POLICY_STEP + (N + 1) * MUON
 
@@ -72,94 +79,104 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("row", PRODUCTS)
 def test_an_update_has_no_more_products_than_the_formula(row):
-    update, rows = speed.build(row).update, batch(row)
-    counted = speed.flops(lambda: update(rows))
+    _, update = speed.build(row)
+    batch = sample()
+    counted = speed.flops(lambda: update(batch))
     assert counted <= PRODUCTS[row]
-    assert counted > 0.9 * PRODUCTS[row]  # else the formula is to be lowered, or the counter does not see the step
+    assert counted > 0.9 * PRODUCTS[row]  # else the formula or the counter misses a part
 
 
-@pytest.mark.parametrize("row", ["SMAC", "Cal-QL"])
-def test_sampling_is_one_gather(row):
+def test_sampling_is_one_gather():
     """It reads a batch's rows, however many the dataset has."""
-    rows = speed.replay(row, speed.transitions(1000))
+    replay = speed.make_replay(speed.transitions(1000))
     with torch.profiler.profile(record_shapes=True) as profile:
-        rows.sample(BATCH)
-    read = {e.key for e in profile.key_averages(True) if [1000, sum(rows.sizes)] in e.input_shapes}
-    assert read - {"aten::select", "aten::as_strided"} == {"aten::index_select"}  # those two are views
+        replay.unpack(replay.sample(BATCH))
+    read = set()
+    for event in profile.key_averages(True):
+        if [1000, sum(replay.sizes)] in event.input_shapes:
+            read.add(event.key)
+    views = {"aten::select", "aten::as_strided"}
+    assert read - views == {"aten::index_select"}
 
 
 # ---- float32 products
 def test_products_stay_float32_whoever_multiplies():
+    """As any run multiplies, which conftest.py has set up."""
     x, y = torch.randn(256, 256), torch.randn(256, 256)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(smac.float32_products(x.device))
-        error = ((x @ y).double() - x.double() @ y.double()).abs().max()
-    finally:
-        torch.set_float32_matmul_precision(before)
+    error = ((x @ y).double() - x.double() @ y.double()).abs().max()
     assert error < 1e-3  # bfloat16's is near 0.3
 
 
 @pytest.mark.parametrize(
-    "device, capability, amx, precision",
-    [
-        ("cpu", "AVX512", False, "medium"),
-        ("cpu", "AVX512", True, "highest"),
-        ("cpu", "AVX2", False, "highest"),
-        ("cuda", "AVX512", False, "highest"),
-    ],
+    "capability, amx, precision",
+    [("AVX512", False, "medium"), ("AVX512", True, "highest"), ("AVX2", False, "highest")],
 )
-def test_onednn_multiplies_where_it_keeps_float32_and_avx512_is_there(monkeypatch, device, capability, amx, precision):
+def test_onednn_multiplies_where_it_keeps_float32(monkeypatch, capability, amx, precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert smac.float32_products(torch.device(device)) == precision
+    try:
+        smac.set_up(smac.Args(device="cpu"))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---- the naive reference
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_naive_smac_has_the_same_losses_and_gradients(activation, float32):
-    fast = speed.build("SMAC", critic_activation=activation, num_critics=3)
-    for p in fast.agent.parameters():  # zero biases would hide a mistake in them
+    agent, update = speed.build("SMAC", critic_activation=activation, num_critics=3)
+    for p in agent.parameters():  # zero biases would hide a mistake in them
         p.data.add_(0.05 * torch.randn(p.shape))
-    naive, rows = speed.NaiveSMAC(fast), batch("SMAC", 64)
+    naive, batch = speed.NaiveSMAC(agent), sample(64)
     torch.manual_seed(1)
-    losses = naive.critic_loss(rows)
+    losses = naive.critic_loss(batch)
     parameters = list(naive.critics.parameters())
-    gradients = torch.autograd.grad(losses[0] + fast.args.kappa * losses[1], parameters)
+    gradients = torch.autograd.grad(losses[0] + agent.args.kappa * losses[1], parameters)
     torch.manual_seed(1)
-    metrics = fast.update(rows)
-    torch.testing.assert_close(torch.stack(losses), torch.stack([metrics["td_loss"], metrics["sm_loss"]]))
+    metrics = update(batch)
+    ours = torch.stack([metrics["td_loss"], metrics["sm_loss"]])
+    torch.testing.assert_close(torch.stack(losses), ours)
     assert metrics["sm_loss"] > 1e-3  # the comparison is not of zeros
-    critic = fast.agent.critic
-    stacked = [p.grad.reshape(3, -1) for pair in zip(critic.weights, critic.biases) for p in pair]
+    stacked = []
+    for pair in zip(agent.critic.weights, agent.critic.biases):
+        stacked += [p.grad.reshape(3, -1) for p in pair]
     for i, ours in enumerate(stacked):
         theirs = torch.stack([g.reshape(-1) for g in gradients[i :: len(stacked)]])
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+        near = 1e-5 * float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=near)
 
 
 def test_naive_smac_takes_the_same_steps(float32):
-    """Five updates of critics, policy, temperature, targets and averages, with Jordan's polynomial in both."""
-    fast = speed.build("SMAC", num_critics=3, critic_lr=1e-3, policy_lr=1e-3, temperature_lr=1e-3)
-    for optimizer in fast.optimizers.values():
+    """Five updates of critics, policy, temperature, targets and averages, with Jordan's polynomial
+    in both."""
+    rates = dict(critic_lr=1e-3, policy_lr=1e-3, temperature_lr=1e-3)
+    agent, update = speed.build("SMAC", num_critics=3, **rates)
+    for optimizer in agent.optimizers.values():
         optimizer.polynomial = KELLER
-    naive, rows = speed.NaiveSMAC(fast), [batch("SMAC", 64) for _ in range(5)]
-    start = [p.detach().clone() for p in fast.agent.critic.parameters()]
-    for update in (fast.update, naive.update):
+    naive, batches = speed.NaiveSMAC(agent), [sample(64) for _ in range(5)]
+    start = [p.detach().clone() for p in agent.critic.parameters()]
+    for one_update in (update, naive.update):
         torch.manual_seed(1)
-        for part in rows:
-            metrics = update(part)
+        for batch in batches:
+            metrics = one_update(batch)
         assert metrics["policy_loss"].isfinite()
-    for name in ("policy", "policy_target", "policy_average", "log_temperature", "q_scale"):
-        ours, theirs = getattr(fast.agent, name), getattr(naive.agent, name)
-        pairs = zip(ours.parameters(), theirs.parameters()) if isinstance(ours, torch.nn.Module) else [(ours, theirs)]
-        for ours, theirs in pairs:
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    for stack, modules in ((fast.agent.critic, naive.critics), (fast.agent.critic_target, naive.targets)):
+    near = dict(rtol=1e-3, atol=1e-4)
+    for name in ("policy", "policy_target", "policy_average"):
+        pair = getattr(agent, name).parameters(), getattr(naive.agent, name).parameters()
+        for ours, theirs in zip(*pair):
+            torch.testing.assert_close(ours, theirs, **near)
+    for name in ("log_temperature", "q_scale"):
+        torch.testing.assert_close(getattr(agent, name), getattr(naive.agent, name), **near)
+    pairs = ((agent.critic, naive.critics), (agent.critic_target, naive.targets))
+    for stack, modules in pairs:
         for i, module in enumerate(modules):
             for layer, W, b in zip(module[::2], stack.weights, stack.biases):
-                torch.testing.assert_close(W[i], layer.weight, rtol=1e-3, atol=1e-4)
-                torch.testing.assert_close(b[i, 0], layer.bias, rtol=1e-3, atol=1e-4)
-    assert min((p.detach() - q).abs().max() for p, q in zip(fast.agent.critic.parameters(), start)) > 1e-3
+                torch.testing.assert_close(W[i], layer.weight, **near)
+                torch.testing.assert_close(b[i, 0], layer.bias, **near)
+    for p, before in zip(agent.critic.parameters(), start):
+        assert (p.detach() - before).abs().max() > 1e-3
 
 
 def test_naive_muon_is_muon(float32):
@@ -171,7 +188,8 @@ def test_naive_muon_is_muon(float32):
         naive = speed.NaiveMuon(layer, [layer.weight], 0.1)
         for _ in range(3):
             x = torch.randn(8, layer.in_features)
-            copy.grad = torch.autograd.grad((x @ copy.T + layer.bias.detach()).square().sum(), copy)[0]
+            loss = (x @ copy.T + layer.bias.detach()).square().sum()
+            copy.grad = torch.autograd.grad(loss, copy)[0]
             naive.descend(layer(x).square().sum())
             ours.step()
             layer.bias.data.zero_()
@@ -188,42 +206,48 @@ needs_compiler = pytest.mark.skipif(
 @needs_compiler
 @pytest.mark.parametrize("row", PRODUCTS)
 def test_an_update_is_one_graph(row):
-    fast, rows = speed.build(row), batch(row)
-    smac.compiled(None, mock.Mock(compile=True), torch.device("cpu"))  # its settings
-    torch.compile(fast.update, fullgraph=True, dynamic=False, backend="eager")(rows)
+    _, update = speed.build(row)
+    smac.compiled(update)  # its settings
+    torch.compile(update, fullgraph=True, dynamic=False, backend="eager")(sample())
 
 
 @needs_compiler
 @pytest.mark.parametrize("row", PRODUCTS)
 def test_compiled_updates_go_the_same_way(row, float32):
-    sizes = dict(critic_hidden=(32, 32), policy_hidden=(32, 32), score_hidden=32, score_condition_hidden=(32, 32))
+    sizes = dict(critic_hidden=(32, 32), policy_hidden=(32, 32))
+    if row == "SMAC":
+        sizes |= dict(score_hidden=32, score_condition_hidden=(32, 32))
     runs = []
     for compile in (False, True):
-        fast, rows = speed.build(row, compile, **sizes), speed.replay(row, speed.transitions(1000))
+        agent, update = speed.build(row, compile, **sizes)
+        replay = speed.make_replay(speed.transitions(1000))
         torch.manual_seed(1)
         for _ in range(200):
-            metrics = fast.update(rows.sample(64))
-        runs.append((metrics, fast.agent.state_dict()))
+            metrics = update(replay.unpack(replay.sample(64)))
+        runs.append((metrics, agent.state_dict()))
     (metrics, state), (compiled_metrics, compiled_state) = runs
     for name, x in metrics.items():
-        torch.testing.assert_close(compiled_metrics[name], x, rtol=1e-4, atol=1e-5, msg=name)
+        close = dict(rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(compiled_metrics[name], x, **close)
     for name, x in state.items():
-        # looser than the losses: where a gradient is near 0, Adam makes full steps of what is rounding in it
-        worst = (compiled_state[name] - x).norm() / x.norm().clamp(min=1e-3) if x.is_floating_point() else 0
-        assert worst < 5e-3, name
+        # looser than the losses: where a gradient is near 0, Adam makes full steps of its rounding
+        if x.is_floating_point():
+            worst = (compiled_state[name] - x).norm() / x.norm().clamp(min=1e-3)
+            assert worst < 5e-3, name
 
 
 # ---- CUDA
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("row", PRODUCTS)
 def test_an_update_never_waits_for_the_gpu(row):
-    fast, rows = speed.build(row, device="cuda"), speed.replay(row, speed.transitions(1000), "cuda")
+    _, update = speed.build(row, device="cuda")
+    step = speed.step_of(update, speed.make_replay(speed.transitions(1000), "cuda"))
     for _ in range(4):
-        fast.update(rows.sample(BATCH))
+        step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(2):
-            fast.update(rows.sample(BATCH))
+        step()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -235,37 +259,47 @@ def test_turns_are_taken_in_order(monkeypatch):
     steps = {name: lambda name=name: called.append(name) for name in "ab"}
     seconds = speed.take_turns(steps, speed.Args(quick=True))
     assert [len(x) for x in seconds.values()] == [5, 5]
-    assert called[-20:] == list("aabb") * 5  # two calls a turn, since a call seems to take longer than a turn shall
+    # two calls a turn, since a call seems to take longer than a turn shall
+    assert called[-20:] == list("aabb") * 5
 
 
 def test_the_table_is_written(tmp_path, monkeypatch, capsys):
     def take_turns(steps, args):
         for step in steps.values():
             step()
-        return {key: [1.0, 2.0, 4.0] if "eager" in key else [2.0, 4.0, 4.0] for key in steps}
+        fast, slow = [1.0, 2.0, 4.0], [2.0, 4.0, 4.0]
+        return {key: fast if "eager" in key else slow for key in steps}
 
     monkeypatch.setattr(speed, "take_turns", take_turns)
-    monkeypatch.setattr(speed, "transitions", lambda n, small=speed.transitions: small(400))
-    monkeypatch.setitem(speed.PEERS, "TD3+BC", ("no-such-library", mock.Mock(side_effect=ImportError("gone"))))
-    monkeypatch.setattr(sys, "argv", ["speed.py", "--quick", "--only", "TD3+BC", "SMAC", "--out", f"{tmp_path}/s.csv"])
+    small = speed.transitions(400)
+    monkeypatch.setattr(speed, "transitions", lambda n: small)
+    gone = mock.Mock(side_effect=ImportError("gone"))
+    monkeypatch.setitem(speed.PEERS, "TD3+BC", ("no-such-library", gone))
+    words = ["speed.py", "--quick", "--only", "TD3+BC", "SMAC", "--out", f"{tmp_path}/s.csv"]
+    monkeypatch.setattr(sys, "argv", words)
     speed.main()
-    assert "TD3+BC: left out beside no-such-library" in capsys.readouterr().out
+    assert "TD3+BC: without no-such-library" in capsys.readouterr().out
     with open(tmp_path / "s.csv", newline="") as f:
         table = list(csv.DictReader(f))
     one = {(line["row"], line["contender"]): line for line in table}
-    smac_line = one["SMAC", "eager"]
-    assert [float(smac_line[k]) for k in ("value", "low", "high", "ratio")] == [0.5, 0.25, 1.0, 2.0]
-    assert float(smac_line["gflop"]) == pytest.approx(PRODUCTS["SMAC"] / 1e9, rel=1e-3)
+    ours = one["SMAC", "eager"]
+    assert [float(ours[key]) for key in ("value", "low", "high", "ratio")] == [0.5, 0.25, 1.0, 2.0]
+    assert float(ours["gflop"]) == pytest.approx(PRODUCTS["SMAC"] / 1e9, rel=1e-3)
     assert one["TD3+BC", "eager"]["ratio"] == "" and ("TD3+BC", "peer") not in one
-    assert smac_line["torch"] == torch.__version__ and smac_line["threads"] == "1"
-    sigma = [float(one["2 x 256 x 256", "ours"][k]) for k in ("sigma_5", "sigma_50", "sigma_max")]
-    most = 1.8 if muon.bf16_is_fast(torch.device("cpu")) else 1.3  # its rounding lifts one value in a hundred
+    assert ours["torch"] == torch.__version__ and ours["threads"] == "1"
+    sigma = [float(one["2 x 256 x 256", "ours"][f"sigma_{x}"]) for x in ("5", "50", "max")]
+    # bfloat16's rounding lifts one value in a hundred
+    most = 1.8 if muon.bf16_is_fast(torch.device("cpu")) else 1.3
     assert 0.5 < sigma[0] < sigma[1] < sigma[2] < most
+
+
+def test_nothing_committed_is_overwritten_unasked():
+    assert speed.Args().out.parts[0] == "runs"
 
 
 def test_random_transitions_end_their_episodes():
     columns = speed.transitions(1000)
-    assert list(columns) == list(smac.COLUMNS)
-    ends = np.flatnonzero(columns["terminals"] | columns["cuts"])
+    terminals, timeouts = columns["terminals"], columns["timeouts"]
+    ends = np.flatnonzero(terminals | timeouts)
     assert ends[-1] == 999 and np.diff(ends).max() <= 200
-    assert not (columns["terminals"] & columns["cuts"]).any()
+    assert not (terminals & timeouts).any()
