@@ -29,13 +29,13 @@ nothing to do with IQL.
 import copy
 import csv
 import difflib
+import importlib.util
 import json
 import math
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -392,9 +392,9 @@ def main() -> None:
 
 
 # ============================== shared: the same in all four scripts ==============================
-RESUME_MAY_CHANGE = ("resume", "score_steps", "offline_steps", "online_steps", "device", "threads")
-RESUME_MAY_CHANGE += ("compile", "log_every", "eval_every", "eval_episodes", "final_episodes")
-RESUME_MAY_CHANGE += ("checkpoint_every", "keep_every", "track")
+RESUME_MAY_CHANGE = ("resume", "online_steps", "device", "threads", "compile", "track", "log_every")
+RESUME_MAY_CHANGE += ("eval_every", "eval_episodes", "final_episodes", "checkpoint_every")
+RESUME_MAY_CHANGE += ("keep_every",)
 
 
 def parse_args() -> tuple[Args, "Task"]:
@@ -433,18 +433,19 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
         sys.exit(f"error: {folder} is a run of {saved['algorithm']}: resume it with that script.")
     default = replace(Args(**saved["args"]), resume=folder)
     args = tyro.cli(Args, default=default, description=__doc__)
+    phase, done = list(saved["done"].items())[-1]
     for name, was in saved["args"].items():
-        if getattr(args, name) != was and name not in RESUME_MAY_CHANGE:
+        may_change = name in RESUME_MAY_CHANGE or name == f"{phase}_steps"
+        if getattr(args, name) != was and not may_change:
             sys.exit(f"error: --resume cannot change {name}, which was {was}: start a new run.")
-    for phase, done in saved["done"].items():
-        steps = getattr(args, f"{phase}_steps")
-        is_current = phase == list(saved["done"])[-1]
-        if steps < done or (steps > done and not is_current):
-            sys.exit(f"error: {phase}_steps cannot become {steps}: the run has done {done}.")
+    if getattr(args, f"{phase}_steps") < done:
+        sys.exit(f"error: {phase}_steps: the run has done {done} already.")
     return args, Task(**saved["task"])
 
 
 def set_up(args: Args) -> torch.device:
+    if args.track and importlib.util.find_spec("wandb") is None:
+        sys.exit("error: --track needs Weights & Biases: pip install wandb.")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     # "medium" has oneDNN multiply, still in float32, and not MKL, which on AMD leaves half of
@@ -708,9 +709,10 @@ class Run:
         while self.path.exists():  # another run of the same second
             self.path = self.path.with_name(self.path.name + "b")
         self.path.mkdir(parents=True)
-        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty=+"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        about = dict(algorithm=ALGORITHM, command=sys.argv, commit=commit, torch=torch.__version__)
+        folder = shlex.quote(str(Path(__file__).resolve().parent))
+        commit = os.popen(f"git -C {folder} describe --always --dirty=+ 2>{os.devnull}").read()
+        about = dict(algorithm=ALGORITHM, command=sys.argv, torch=torch.__version__)
+        about["commit"] = commit.strip()  # with a + where files differ from it
         config = json.dumps(self.config | about | dict(task=self.task._asdict()), indent=1)
         (self.path / "config.json").write_text(config)
         (self.path / "metrics.csv").write_text("step,phase,name,value\n")
@@ -837,7 +839,8 @@ class Run:
             print(f"  {name:<24}{value:8.1f}")
         minutes = (time.time() - self.start) / 60
         print(f"{minutes:.1f} minutes; curve.png, tables and checkpoints are in {self.path}")
-        print(f"to hand over again: python {sys.argv[0]} --init-from {self.path}/offline.pt")
+        if (self.path / "offline.pt").exists():
+            print(f"to hand over again: python {sys.argv[0]} --init-from {self.path}/offline.pt")
         print(f"to look: tensorboard --logdir {self.path.parent}")
 
 

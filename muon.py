@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         for p in matrices:
             if p.dim() not in (2, 3):
                 raise ValueError(
-                    f"Muon takes (out, in) or (N, out, in), not {tuple(p.shape)}: that is for others."
+                    f"Muon takes (out, in) or (N, out, in), not {tuple(p.shape)}: put it in others."
                 )
         if scale not in ("rms", "spectral"):
             raise ValueError(f'scale is "rms" or "spectral", not {scale!r}.')

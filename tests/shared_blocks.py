@@ -1,7 +1,7 @@
 """What the scripts have in common stands in each of them below the banner, word for word.
 
-python tests/shared_blocks.py                    # rewrites the copies from smac_offline_to_online.py
-python tests/shared_blocks.py iql.py             # from another script
+python tests/shared_blocks.py                # rewrites the copies from smac_offline_to_online.py
+python tests/shared_blocks.py iql.py         # from another script
 """
 
 import sys

@@ -70,6 +70,7 @@ CASES = [
     ("--init-from {reference}/offline.pt --score-blocks 2", "offline.pt do not fit"),
     ("--init-from {bad}/iql.pt --dataset {dataset} --policy-hidden 8", "iql.pt do not fit"),
     ("--resume {bad}", "there is no {bad}/last.pt"),
+    ("--resume {reference}/last.pt", "there is no {reference}/last.pt/last.pt"),
     # flags and machine
     ("--preset hopper", "no preset hopper; auto; paper; small; from-scratch"),
     ("--dataset {dataset} --score-steps 0", "no score to match; --score-steps; --kappa 0"),

@@ -95,7 +95,7 @@ def test_orthogonalize_keeps_singular_vectors_and_forgets_the_size():
 
 @pytest.mark.parametrize("shape", [(256, 17), (17, 256), (4, 128, 128), (256, 256), (512, 256)])
 def test_nineteen_of_twenty_singular_values_come_near_one(shape):
-    """At least as near as by Keller Jordan's five steps; the last ones of a square Gaussian matrix need more."""
+    """At least as near as by Jordan's five; the last ones of a square matrix need more."""
     error, reference = (
         (singular_values(shape, p) - 1).abs().quantile(0.95) for p in (POLYNOMIAL, KELLER)
     )
@@ -103,14 +103,14 @@ def test_nineteen_of_twenty_singular_values_come_near_one(shape):
 
 
 def test_in_bfloat16_a_matrix_of_rank_one_stays_below_the_steep_part(monkeypatch):
-    """Its largest singular value is the norm that it is divided by: rounded up, it would be thrown far away."""
+    """Its largest singular value is the norm that divides it: rounded up, it would fly away."""
     monkeypatch.setattr(muon, "bf16_is_fast", lambda device: True)
     G = torch.randn(60, 64, 1) @ torch.randn(60, 1, 64) + 1e-3 * torch.randn(60, 64, 64)
     assert torch.linalg.svdvals(orthogonalize(G)).max() < 1.35
 
 
 def test_gradients_may_lie_in_memory_in_any_order():
-    """torch's fused Adam on a CPU takes them as they lie: a transposed view has to come to it in order."""
+    """torch's fused Adam on a CPU takes them as they lie: a transposed view comes in order."""
     straight, turned = parameters((6, 4)), parameters((6, 4))
     gradient = torch.randn(6, 4)
     for p, g in zip((*straight, *turned), (gradient, gradient.mT.contiguous().mT)):

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import same
@@ -238,12 +239,12 @@ def test_cosines_draw_nothing_from_the_runs_random_numbers():
     agent.critic.action_gradient = lambda s, a: 3 * a.expand(3, -1, -1)
     agent.score_model.score = lambda s, a: a * torch.tensor([1.0, -1.0])
     dataset = smac.Replay(64, OBS, ACT, torch.device("cpu"))
-    s, a = torch.randn(64, OBS), torch.ones(64, ACT)
-    dataset.add(s, a, torch.zeros(64), s, torch.zeros(64))
+    s, a, zeros = np.zeros((64, OBS)), np.ones((64, ACT)), np.zeros(64)
+    dataset.add(s, a, zeros, s, zeros)
     random = torch.get_rng_state()
     cosines = agent.cosines(dataset, replay)
     assert cosines.keys() == {"cosine_data", "cosine_policy", "cosine_uniform"}
     assert cosines["cosine_data"].abs() < 1e-6 < cosines["cosine_uniform"].abs()
-    replay.add(s, a, torch.zeros(64), s, torch.zeros(64))
+    replay.add(s, a, zeros, s, zeros)
     assert "cosine_collected" in agent.cosines(dataset, replay)
     assert torch.equal(torch.get_rng_state(), random)

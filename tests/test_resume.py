@@ -252,6 +252,17 @@ def test_what_a_resumed_run_cannot_change(reference, changes, words):
     assert before == {p.name: p.read_bytes() for p in reference.iterdir()}
 
 
+def test_the_phase_that_is_on_and_later_ones_may_become_longer(reference, tmp_path):
+    state = load(reference / "last.pt")
+    torch.save(state | dict(done=dict(score=50, offline=20)), tmp_path / "last.pt")
+    args, _ = parse("--resume", tmp_path, "--offline-steps", 60, "--online-steps", 90)
+    assert (args.offline_steps, args.online_steps) == (60, 90)
+    assert parse("--resume", tmp_path, "--offline-steps", 20)[0].offline_steps == 20
+    for flags in (["--score-steps", 60], ["--offline-steps", 19]):
+        with pytest.raises(SystemExit, match="error: .*cannot become"):
+            parse("--resume", tmp_path, *flags)
+
+
 def test_a_run_from_scratch_cannot_get_a_pretraining(dataset, tmp_path):
     few = ["--offline-steps", 0, "--online-steps", 5, "--warmup-steps", 5]
     folder = run_here(smac, *flags(dataset, tmp_path), *few)

@@ -20,6 +20,7 @@ from helpers import (
     run_here,
     same,
 )
+from matplotlib.axes import Axes
 
 import smac_offline_to_online as smac
 
@@ -122,6 +123,15 @@ def test_the_printed_table_is_that_of_the_evaluations(start, capsys):
     }
     assert {name: float(x) for name, x in printed.items()} == pytest.approx(expected, abs=0.051)
     assert list(printed) == list(expected)
+
+
+def test_the_curve_hands_over_where_pretraining_ended(dataset, tmp_path, monkeypatch):
+    """Not at its last evaluation: here there is none after the first."""
+    drawn, lines = calls(monkeypatch, Axes, "plot"), calls(monkeypatch, Axes, "axvline")
+    flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--eval-every", 5]
+    run_here(smac, *FEW, *flags)
+    assert [x.tolist() for _, x, _, _ in drawn] == [[0], [4, 9, 14]]
+    assert [x for _, x in lines] == [4]
 
 
 def test_every_collected_episode_is_logged(reference):
@@ -448,3 +458,12 @@ def test_the_next_command_is_printed_only_where_it_works(dataset, tmp_path, caps
     flags = ["--offline-steps", 0, "--dataset", dataset, "--runs-dir", tmp_path]
     run_here(smac, *FEW, *flags)
     assert "offline.pt" not in capsys.readouterr().out
+
+
+def test_runs_that_begin_in_one_second_get_folders_of_their_own(dataset, tmp_path, monkeypatch):
+    """Even where neither sees the other's when it looks."""
+    monkeypatch.setattr(smac.time, "strftime", lambda form: "__now")
+    monkeypatch.setattr(smac.Path, "exists", lambda path: False)
+    flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--online-steps", 0, "--kappa", 0]
+    folders = [run_here(smac, *FEW, *flags, "--offline-steps", 1) for _ in range(2)]
+    assert [p.name for p in folders] == ["hopper__smac__0__now", "hopper__smac__0__nowb"]
