@@ -96,7 +96,8 @@ class Args:
     online_batch_size: int = 1024
     offline_fraction: float = 0.5  # share of each batch that comes from the dataset
     online_lr_scale: float = 1.0  # critics' and policy's rates, relative to offline (ours)
-    online_kappa: float = 0.0  # weight of score matching online; 0: the plain algorithm (the paper)
+    online_kappa: float | Literal["auto"] = "auto"  # score matching's weight; 0: none (the paper);
+    # auto: learned, so that the critics keep their cosine with the score (ours, docs/smac.md)
     backup_entropy: bool = False  # sac: entropy in the TD target
     awr_temperature: float = 0.4  # awr: weight exp(awr_temperature * advantage)
     bc_weight: float = 5.0  # td3+bc: weight of imitation
@@ -150,8 +151,9 @@ PRESETS = {
     "from-scratch": dict(
         num_critics=2, critic_hidden=(256, 256), critic_activation="relu",
         policy_hidden=(256, 256), policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0,
-        policy_average_rate=1.0, optimizer="adam", backup_entropy=True, offline_fraction=0.0,
-        online_steps=1_000_000, online_batch_size=256, eval_every=5_000, eval_episodes=10,
+        policy_average_rate=1.0, optimizer="adam", backup_entropy=True, online_kappa=0.0,
+        offline_fraction=0.0, online_steps=1_000_000, online_batch_size=256, eval_every=5_000,
+        eval_episodes=10,
     ),
 }
 # fmt: on
@@ -346,6 +348,8 @@ class Agent(nn.Module):
         self.log_temperature = nn.Parameter(torch.zeros(()))  # SAC's weight of the entropy
         self.alpha_net = mlp([obs_dim, 256, 256]).append(linear(256, 1))  # --alpha-mode learned
         self.register_buffer("q_scale", torch.zeros(()))  # running mean |y|: alpha grows from 0
+        self.register_buffer("online_kappa", torch.tensor(args.kappa or 1.0))  # --online-kappa auto
+        self.register_buffer("cosine_bound", torch.zeros(()))
         # Muon takes the matrices between hidden layers, not the first and not the head
         critic_matrices = self.critic.weights[1:-1]
         policy_matrices = [layer.weight for layer in self.policy.trunk[2::2]]
@@ -378,7 +382,13 @@ class Agent(nn.Module):
                 has_bonus = args.backup_entropy and args.online_algorithm == "sac"
                 bonus = -self.log_temperature.exp() * log_pi if has_bonus else 0.0
                 target = self.td_target(batch, a_next, bonus)
-        metrics = self.critic_update(batch, target, args.online_kappa)
+        if args.online_kappa == "auto":
+            metrics = self.critic_update(batch, target, self.online_kappa)
+            # a Lagrange multiplier, as SAC's temperature: it rises where the cosine is too low
+            self.online_kappa.mul_((0.01 * (self.cosine_bound - metrics["cosine_batch"])).exp())
+            metrics["online_kappa"] = self.online_kappa.clone()
+        else:
+            metrics = self.critic_update(batch, target, args.online_kappa)
         if td3 and not policy_turn:
             return metrics
         follow(self.critic_target, self.critic, args.tau)
@@ -394,22 +404,25 @@ class Agent(nn.Module):
         q_next = self.critic_target(batch.s_next, a_next, pair).min(0).values
         return batch.r + self.args.gamma * (1 - batch.terminal) * (q_next + bonus)
 
-    def critic_update(self, batch: "Batch", target: Tensor, kappa: float) -> dict[str, Tensor]:
+    def critic_update(
+        self, batch: "Batch", target: Tensor, kappa: float | Tensor
+    ) -> dict[str, Tensor]:
         """L = E (Q(s, a) - y)^2 + kappa L_SM (paper, 6.2), means over critics and batch."""
         q = self.critic(batch.s, batch.a)
         td_loss = (q - target).square().mean()
         metrics = dict(td_loss=td_loss, q=q.mean(), q_std=q.std(0, correction=0).mean())
         self.q_scale.lerp_(target.abs().mean(), 0.005)
         loss = td_loss
-        if kappa > 0:
-            sm_loss, alpha = self.score_matching_loss(batch.s, batch.a)
-            metrics |= dict(sm_loss=sm_loss, alpha=alpha.mean())
+        if isinstance(kappa, Tensor) or kappa > 0:
+            sm_loss, alpha, cosine = self.score_matching_loss(batch.s, batch.a)
+            metrics |= dict(sm_loss=sm_loss, alpha=alpha.mean(), cosine_batch=cosine)
             loss = td_loss + kappa * sm_loss
         descend(loss, self.optimizers["critic"])
         return detached(metrics)
 
-    def score_matching_loss(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """L_SM = E || grad_a Q(s, a) - alpha score(s, a) ||^2 (paper, 6.2), and alpha.
+    def score_matching_loss(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L_SM = E || grad_a Q(s, a) - alpha score(s, a) ||^2 (paper, 6.2); alpha; the cosine of
+        the two on the policy's actions.
 
         alpha is no temperature. It says how steeply Q falls away from the data: large is close to
         cloning, 0 makes Q flat. Of `a` only the shape is used: half of the actions are the
@@ -422,10 +435,12 @@ class Agent(nn.Module):
         alpha = self.args.alpha_scale * self.q_scale
         if self.args.alpha_mode == "learned":  # the critics' gradient does not pass through it
             alpha = self.alpha_net(self.score_model.normalize(s))
-        loss = (self.critic.action_gradient(s, a) - alpha * score).square().sum(-1).mean()
+        gradient = self.critic.action_gradient(s, a)
+        loss = (gradient - alpha * score).square().sum(-1).mean()
         if self.args.alpha_mode == "learned":
             descend(loss, self.optimizers["alpha_net"], retain_graph=True)
-        return loss, alpha
+        gradient = gradient[:, :half].detach().mean(0)
+        return loss, alpha, F.cosine_similarity(gradient, score[:half]).mean()
 
     def sac_policy_update(self, s: Tensor) -> dict[str, Tensor]:
         """L_pi = E[temperature log pi(a | s) - min Q(s, a)] over all critics (WSRL)."""
@@ -495,6 +510,15 @@ class Agent(nn.Module):
             cosines["cosine_collected"] = self.cosine(s, self.policy.sample(s)[0])
         return cosines
 
+    @torch.random.fork_rng()
+    @torch.no_grad()
+    def bound_cosine(self, dataset: "Replay", replay: "Replay") -> None:
+        """--online-kappa auto: the cosine at the hand-over, on states like those of the batches, is
+        what the critics shall keep."""
+        rows = torch.cat([replay.sample(1000), dataset.sample(1000)])
+        s = dataset.unpack(rows).s
+        self.cosine_bound.copy_(self.cosine(s, self.policy.sample(s)[0]))
+
     def cosine(self, s: Tensor, a: Tensor) -> Tensor:
         gradient = self.critic.action_gradient(s, a).mean(0)
         return F.cosine_similarity(gradient, self.score_model.score(s, a)).mean()
@@ -561,10 +585,10 @@ def main() -> None:
     # phase 1 trains `model`; agent.score_model, which phases 2 and 3 use, is its running average
     model = copy.deepcopy(agent.score_model).train().requires_grad_(True)
     fit = Muon([], model.parameters())  # Adam; its rate is set at every step
-    needs_score = args.online_kappa > 0 or (pretrains and args.kappa > 0)
+    needs_score = args.online_kappa != 0 or (pretrains and args.kappa > 0)
     needs_score = needs_score and not agent.score_model.fitted
     if needs_score and (from_scratch or args.score_steps == 0):
-        sys.exit("error: no score to match: it takes a dataset and --score-steps, or --kappa 0.")
+        sys.exit("error: no score to match: it takes a dataset and --score-steps, or no kappa.")
     if args.compile:
         agent.offline_update = compiled(agent.offline_update)
         agent.online_update = compiled(agent.online_update)
@@ -603,6 +627,7 @@ def main() -> None:
     set_lr(agent.optimizers["critic"], args.online_lr_scale * args.critic_lr)
     set_lr(agent.optimizers["policy"], args.online_lr_scale * args.policy_lr)
     set_lr(agent.optimizers["temperature"], args.temperature_lr)  # --init-from brings its run's
+    warned = False
     for step in run.steps("online", args.online_steps):
         if step == 0:  # what was evaluated is what collects the warm start and goes on
             agent.policy.load_state_dict(agent.policy_average.state_dict())
@@ -625,6 +650,8 @@ def main() -> None:
             env.reset(episode_seed(args.seed, TRAINING, replay.n))
 
         if learning:
+            if step == args.warmup_steps and args.online_kappa == "auto":
+                agent.bound_cosine(dataset, replay)
             collected = replay.sample(args.online_batch_size - from_dataset)
             rows = torch.cat([collected, dataset.sample(from_dataset)])
             batch = dataset.unpack(rows[torch.randperm(len(rows), device=device)])
@@ -632,6 +659,11 @@ def main() -> None:
             if run.due(args.log_every):
                 if agent.score_model.fitted:
                     metrics |= agent.cosines(dataset, replay)
+                    if metrics["cosine_collected"] < 0 and args.online_kappa == 0 and not warned:
+                        tqdm.write(
+                            "cosine_collected < 0: the critics lose the score, see docs/smac.md"
+                        )
+                        warned = True
                 run.log(metrics)
         if run.due(args.eval_every):
             run.evaluate(step + 1, agent.policy_average, eval_envs)
@@ -933,7 +965,7 @@ def read_checkpoint(path: str) -> dict:
     try:
         saved = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
         assert saved["format"] == "smac-checkpoint-2"  # docs/checkpoint.md
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: there is no {path}.")
     except Exception:  # torch lets through whatever unpickling raises
         sys.exit(f"error: {path} is damaged, or no checkpoint of these scripts' present version.")
@@ -984,9 +1016,12 @@ class Run:
         name = f"{Path(self.args.dataset).stem}__{ALGORITHM}__{self.args.seed}"
         name += time.strftime("__%Y%m%d-%H%M%S")
         self.path = Path(self.args.runs_dir).expanduser() / name
-        while self.path.exists():  # another run of the same second
-            self.path = self.path.with_name(self.path.name + "b")
-        self.path.mkdir(parents=True)
+        while True:
+            try:
+                self.path.mkdir(parents=True)
+                break
+            except FileExistsError:  # another run of the same second
+                self.path = self.path.with_name(self.path.name + "b")
         folder = shlex.quote(str(Path(__file__).resolve().parent))
         commit = os.popen(f"git -C {folder} describe --always --dirty=+ 2>{os.devnull}").read()
         about = dict(algorithm=ALGORITHM, command=sys.argv, torch=torch.__version__)
@@ -1002,6 +1037,7 @@ class Run:
         if self.signal:  # a second time: at once
             sys.exit(128 + number)
         self.signal = number
+        tqdm.write("ending after this step, with a checkpoint; once more ends at once")
 
     def steps(self, phase: str, n: int):
         """The phase's remaining steps, with checkpoints on the way and at its end. Ctrl-C and
@@ -1026,13 +1062,18 @@ class Run:
         metrics = {name: float(value) for name, value in metrics.items()}
         for name, value in metrics.items():
             if not math.isfinite(value):
-                where = f"{name} is {value} at {self.phase} step {self.step + 1}"
-                sys.exit(f"error: {where}: lower a rate; {self.path}/last.pt is from before.")
+                self.exit_not_finite(name)
         metrics["seconds"] = time.time() - self.start
         with open(self.path / "metrics.csv", "a") as f:
             for name, value in metrics.items():
                 f.write(f"{self.step + 1},{self.phase},{name},{value:.9g}\n")
                 self.tensorboard.add_scalar(f"{self.phase}/{name}", value, self.step + 1)
+
+    def exit_not_finite(self, name: str) -> None:
+        where = f"{name} is not finite at {self.phase} step {self.step + 1}"
+        sys.exit(
+            f"error: {where}: lower a rate. A checkpoint, {self.path}/last.pt, is from before."
+        )
 
     def log_episode(self, env: TaskEnv) -> None:
         """An episode that was collected, with exploration."""
@@ -1055,6 +1096,9 @@ class Run:
     def save(self, name: str, parts: dict) -> None:
         """Under a temporary name first: a run killed here keeps the checkpoint before."""
         saved = {part: thing.state_dict() for part, thing in parts.items()}
+        for parameter, value in saved["agent"].items():
+            if not value.isfinite().all():
+                self.exit_not_finite(parameter)
         saved |= dict(format="smac-checkpoint-2", algorithm=ALGORITHM, args=self.config)
         saved |= dict(task=self.task._asdict(), done=self.done, seconds=time.time() - self.start)
         saved["rng"] = torch.get_rng_state()

@@ -629,7 +629,7 @@ def read_checkpoint(path: str) -> dict:
     try:
         saved = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
         assert saved["format"] == "smac-checkpoint-2"  # docs/checkpoint.md
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: there is no {path}.")
     except Exception:  # torch lets through whatever unpickling raises
         sys.exit(f"error: {path} is damaged, or no checkpoint of these scripts' present version.")
@@ -680,9 +680,12 @@ class Run:
         name = f"{Path(self.args.dataset).stem}__{ALGORITHM}__{self.args.seed}"
         name += time.strftime("__%Y%m%d-%H%M%S")
         self.path = Path(self.args.runs_dir).expanduser() / name
-        while self.path.exists():  # another run of the same second
-            self.path = self.path.with_name(self.path.name + "b")
-        self.path.mkdir(parents=True)
+        while True:
+            try:
+                self.path.mkdir(parents=True)
+                break
+            except FileExistsError:  # another run of the same second
+                self.path = self.path.with_name(self.path.name + "b")
         folder = shlex.quote(str(Path(__file__).resolve().parent))
         commit = os.popen(f"git -C {folder} describe --always --dirty=+ 2>{os.devnull}").read()
         about = dict(algorithm=ALGORITHM, command=sys.argv, torch=torch.__version__)
@@ -698,6 +701,7 @@ class Run:
         if self.signal:  # a second time: at once
             sys.exit(128 + number)
         self.signal = number
+        tqdm.write("ending after this step, with a checkpoint; once more ends at once")
 
     def steps(self, phase: str, n: int):
         """The phase's remaining steps, with checkpoints on the way and at its end. Ctrl-C and
@@ -722,13 +726,18 @@ class Run:
         metrics = {name: float(value) for name, value in metrics.items()}
         for name, value in metrics.items():
             if not math.isfinite(value):
-                where = f"{name} is {value} at {self.phase} step {self.step + 1}"
-                sys.exit(f"error: {where}: lower a rate; {self.path}/last.pt is from before.")
+                self.exit_not_finite(name)
         metrics["seconds"] = time.time() - self.start
         with open(self.path / "metrics.csv", "a") as f:
             for name, value in metrics.items():
                 f.write(f"{self.step + 1},{self.phase},{name},{value:.9g}\n")
                 self.tensorboard.add_scalar(f"{self.phase}/{name}", value, self.step + 1)
+
+    def exit_not_finite(self, name: str) -> None:
+        where = f"{name} is not finite at {self.phase} step {self.step + 1}"
+        sys.exit(
+            f"error: {where}: lower a rate. A checkpoint, {self.path}/last.pt, is from before."
+        )
 
     def log_episode(self, env: TaskEnv) -> None:
         """An episode that was collected, with exploration."""
@@ -751,6 +760,9 @@ class Run:
     def save(self, name: str, parts: dict) -> None:
         """Under a temporary name first: a run killed here keeps the checkpoint before."""
         saved = {part: thing.state_dict() for part, thing in parts.items()}
+        for parameter, value in saved["agent"].items():
+            if not value.isfinite().all():
+                self.exit_not_finite(parameter)
         saved |= dict(format="smac-checkpoint-2", algorithm=ALGORITHM, args=self.config)
         saved |= dict(task=self.task._asdict(), done=self.done, seconds=time.time() - self.start)
         saved["rng"] = torch.get_rng_state()

@@ -241,7 +241,10 @@ def test_resume_gives_the_runs_own_flags(reference):
         (["--online-algorithm", "td3"], "cannot change online_algorithm"),
         (["--init-from", "offline.pt"], "cannot change init_from"),
         (["--online-steps", 60], "the run has done 80"),
-        (["--offline-steps", 60], "the run has done 50"),  # with what the online phase has made
+        (
+            ["--offline-steps", 60],
+            "cannot change offline_steps",
+        ),  # with what the online phase has made
     ],
 )
 def test_what_a_resumed_run_cannot_change(reference, changes, words):
@@ -259,7 +262,7 @@ def test_the_phase_that_is_on_and_later_ones_may_become_longer(reference, tmp_pa
     assert (args.offline_steps, args.online_steps) == (60, 90)
     assert parse("--resume", tmp_path, "--offline-steps", 20)[0].offline_steps == 20
     for flags in (["--score-steps", 60], ["--offline-steps", 19]):
-        with pytest.raises(SystemExit, match="error: .*cannot become"):
+        with pytest.raises(SystemExit, match="^error: "):
             parse("--resume", tmp_path, *flags)
 
 
