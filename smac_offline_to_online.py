@@ -151,9 +151,8 @@ PRESETS = {
     "from-scratch": dict(
         num_critics=2, critic_hidden=(256, 256), critic_activation="relu",
         policy_hidden=(256, 256), policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0,
-        policy_average_rate=1.0, optimizer="adam", backup_entropy=True, online_kappa=0.0,
-        offline_fraction=0.0, online_steps=1_000_000, online_batch_size=256, eval_every=5_000,
-        eval_episodes=10,
+        policy_average_rate=1.0, optimizer="adam", backup_entropy=True, offline_fraction=0.0,
+        online_steps=1_000_000, online_batch_size=256, eval_every=5_000, eval_episodes=10,
     ),
 }
 # fmt: on
@@ -585,7 +584,10 @@ def main() -> None:
     # phase 1 trains `model`; agent.score_model, which phases 2 and 3 use, is its running average
     model = copy.deepcopy(agent.score_model).train().requires_grad_(True)
     fit = Muon([], model.parameters())  # Adam; its rate is set at every step
-    needs_score = args.online_kappa != 0 or (pretrains and args.kappa > 0)
+    matches_score = pretrains and args.kappa > 0
+    if args.online_kappa == "auto" and not (matches_score or agent.score_model.fitted):
+        args.online_kappa = 0.0  # nothing was matched: there is no cosine to keep
+    needs_score = matches_score or args.online_kappa != 0
     needs_score = needs_score and not agent.score_model.fitted
     if needs_score and (from_scratch or args.score_steps == 0):
         sys.exit("error: no score to match: it takes a dataset and --score-steps, or no kappa.")

@@ -73,7 +73,7 @@ CASES = [
     ("--resume {reference}/last.pt", "there is no {reference}/last.pt/last.pt"),
     # flags and machine
     ("--preset hopper", "no preset hopper; auto; paper; small; from-scratch"),
-    ("--dataset {dataset} --score-steps 0", "no score to match; --score-steps; --kappa 0"),
+    ("--dataset {dataset} --score-steps 0", "no score to match; --score-steps; no kappa"),
     ("--offline-steps 0 --online-kappa 1", "no score to match; dataset"),
     ("--dataset {dataset} --device tpu", "--device tpu cannot be used here; --device cpu"),
     ("--dataset {dataset} --device cuda:99", "--device cuda:99 cannot be used; --device cpu"),
@@ -151,10 +151,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_good_state(
         run_here(smac, *TINY, *flags, *steps[phase])
     last = only_run(tmp_path / "runs") / "last.pt"
     sentence = str(stop.value)
-    assert f"nan at {phase} step 25" in sentence and str(last) in sentence
+    assert f"is not finite at {phase} step 25" in sentence and str(last) in sentence
     assert load(last)["done"][phase] == 20 and is_finite(load(last))
 
 
 def test_an_absurd_learning_rate_stops_the_run(tmp_path, dataset):
-    with pytest.raises(SystemExit, match="loss is (nan|inf) at score step"):
+    with pytest.raises(SystemExit, match="loss is not finite at score step"):
         run_here(smac, *TINY, "--score-lr", 1e30, "--dataset", dataset, "--runs-dir", tmp_path)
+
+
+def test_no_checkpoint_holds_what_is_not_finite(tmp_path, dataset):
+    """Also where one is due before the next row of metrics."""
+    seldom = ["--log-every", 40, "--checkpoint-every", 5, "--score-lr", 1e30]
+    with pytest.raises(SystemExit, match="score_model.* is not finite at score step"):
+        run_here(smac, *TINY, *seldom, "--dataset", dataset, "--runs-dir", tmp_path)
+    assert not (only_run(tmp_path) / "last.pt").exists()

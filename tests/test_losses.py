@@ -13,6 +13,7 @@ import smac_offline_to_online as smac
 OBS, ACT = 5, 2
 SMALL = dict(device="cpu", score_hidden=16, score_blocks=1, score_condition_hidden=(16,))
 SMALL |= dict(num_critics=3, critic_hidden=(16, 16), policy_hidden=(16, 16), gamma=0.9)
+SMALL |= dict(online_kappa=0.0)
 
 
 def agent_of(**flags):
@@ -156,7 +157,7 @@ def test_score_matching_sums_over_dimensions_and_averages_over_members_and_batch
     gradient = tensor([[[1.0, 2.0]], [[3.0, -1.0]]]).expand(-1, 4, -1)  # members, batch, dimensions
     agent.critic.action_gradient = lambda s, a: gradient
     agent.score_model.score = lambda s, a: torch.ones_like(a)
-    loss, alpha = agent.score_matching_loss(torch.randn(4, OBS), torch.rand(4, ACT))
+    loss, alpha, _ = agent.score_matching_loss(torch.randn(4, OBS), torch.rand(4, ACT))
     assert alpha.item() == 2 and loss.item() == pytest.approx(((1 + 0) + (1 + 9)) / 2)
 
 
@@ -167,6 +168,35 @@ def test_online_kappa_adds_the_term_and_0_leaves_it_out():
     assert "sm_loss" in with_term.online_update(batch_of(8), True)
     assert "sm_loss" not in without.online_update(batch_of(8), True)
     assert online_target(with_term, batch_of(8))[1] == 2.0
+
+
+@pytest.mark.parametrize("algorithm", ["sac", "td3"])
+def test_auto_kappa_rises_where_the_cosine_is_below_its_bound_and_falls_above(algorithm):
+    for bound, change in ((0.9, 1), (-0.9, -1)):
+        agent = agent_of(online_kappa="auto", kappa=3.0, online_algorithm=algorithm)
+        agent.critic.action_gradient = lambda s, a: torch.ones(3, len(s), ACT).requires_grad_()
+        agent.score_model.score = lambda s, a: torch.eye(ACT)[0].expand(len(s), -1)
+        agent.cosine_bound.fill_(bound)
+        metrics = agent.online_update(batch_of(8), True)
+        cosine = 1 / math.sqrt(ACT)  # between (1, 1, ...) and (1, 0, ...)
+        assert metrics["cosine_batch"].item() == pytest.approx(cosine)
+        expected = 3.0 * math.exp(0.01 * (bound - cosine))
+        assert agent.online_kappa.item() == pytest.approx(expected)
+        assert (agent.online_kappa.item() - 3.0) * change > 0
+        assert metrics["online_kappa"] == agent.online_kappa
+
+
+def test_the_cosine_to_keep_is_that_of_collected_and_dataset_states_alike():
+    agent, device = agent_of(online_kappa="auto"), torch.device("cpu")
+    replay, dataset = (smac.Replay(50, OBS, ACT, device) for _ in range(2))
+    for one, value in ((replay, 1.0), (dataset, 3.0)):
+        one.rows[:] = value
+        one.n = 50
+    agent.cosine = lambda s, a: s.mean() / 10
+    before = torch.get_rng_state()
+    agent.bound_cosine(dataset, replay)
+    assert agent.cosine_bound.item() == pytest.approx(0.2)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_pretraining_turns_the_critics_gradient_along_the_score():

@@ -92,9 +92,10 @@ def test_metrics_of_every_phase(reference):
     cosines = {"cosine_data", "cosine_policy", "cosine_uniform"}
     losses = {"td_loss", "policy_loss", "q", "q_std", "entropy", "temperature", "seconds"}
     assert metrics(reference, "score") == {"loss", "seconds"}
-    assert metrics(reference, "offline") == {"sm_loss", "alpha"} | losses | cosines
-    collected = {"collected", "collected_length", "cosine_collected"}
-    assert metrics(reference, "online") == losses | cosines | collected
+    matching = {"sm_loss", "alpha", "cosine_batch"}
+    assert metrics(reference, "offline") == matching | losses | cosines
+    collected = {"collected", "collected_length", "cosine_collected", "online_kappa"}
+    assert metrics(reference, "online") == matching | losses | cosines | collected
     table = (ROOT / "docs" / "smac.md").read_text().split("| name in `metrics.csv`")[1]
     explained = {name.split("/")[-1] for name in re.findall(r"`([\w/]+)`", table.split("\n\n")[0])}
     assert set(explained) >= {row["name"] for row in rows_of(reference / "metrics.csv")}
