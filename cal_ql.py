@@ -522,6 +522,7 @@ def set_up(args: Args) -> torch.device:
         sys.exit("error: --track needs Weights & Biases: pip install wandb.")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # moments of idle units: numbers so small slow a CPU down
     # "medium" has oneDNN multiply, still in float32, and not MKL, which on AMD leaves half of
     # AVX-512 unused (docs/speed.md). Only with AMX units would it be bfloat16.
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")

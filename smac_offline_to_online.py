@@ -585,11 +585,12 @@ def main() -> None:
     model = copy.deepcopy(agent.score_model).train().requires_grad_(True)
     fit = Muon([], model.parameters())  # Adam; its rate is set at every step
     matches_score = pretrains and args.kappa > 0
-    if args.online_kappa == "auto" and not (matches_score or agent.score_model.fitted):
-        args.online_kappa = 0.0  # nothing was matched: there is no cosine to keep
+    has_score = matches_score or agent.score_model.fitted or args.resume  # --resume: settled then
+    if args.online_kappa == "auto" and not has_score:
+        args.online_kappa = 0.0  # nothing was matched: there is nothing to keep
     needs_score = matches_score or args.online_kappa != 0
     needs_score = needs_score and not agent.score_model.fitted
-    if needs_score and (from_scratch or args.score_steps == 0):
+    if needs_score and not args.resume and (from_scratch or args.score_steps == 0):
         sys.exit("error: no score to match: it takes a dataset and --score-steps, or no kappa.")
     if args.compile:
         agent.offline_update = compiled(agent.offline_update)
@@ -760,6 +761,7 @@ def set_up(args: Args) -> torch.device:
         sys.exit("error: --track needs Weights & Biases: pip install wandb.")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # moments of idle units: numbers so small slow a CPU down
     # "medium" has oneDNN multiply, still in float32, and not MKL, which on AMD leaves half of
     # AVX-512 unused (docs/speed.md). Only with AMX units would it be bfloat16.
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
