@@ -409,10 +409,11 @@ def parse_args() -> tuple[Args, "Task"]:
         saved = read_checkpoint(given.init_from)
         default = Args(dataset=saved["args"]["dataset"], preset=saved["args"]["preset"])
         given, _ = tyro.cli(Args, default=default, add_help=False, return_unknown_args=True)
+        # of this script's file all flags but those of that run alone, of another's the networks'
         names = NETWORK_ARGS if saved["algorithm"] != ALGORITHM else saved["args"]
         kept = {name: saved["args"][name] for name in names if name in saved["args"]}
         for name in ("online_steps", "device", "threads", "runs_dir", "track"):
-            kept.pop(name, None)  # of that run only
+            kept.pop(name, None)
     task = read_task(find_dataset(given.dataset))
     preset = given.preset
     if preset == "auto":
@@ -527,7 +528,7 @@ def load_dataset(name: str, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]
         sys.exit(f"error: {path} only describes an environment: use --offline-steps 0.")
     if (s.shape[1], a.shape[1]) != (obs_dim, act_dim):
         sys.exit(f"error: {path} does not fit its environment: prepare it again.")
-    only_state = data["ends"] & ~data["terminals"]
+    only_state = data["ends"] & ~data["terminals"]  # an episode ends with one, or in a terminal
     data["next_observations"] = np.concatenate([s[1:], s[-1:]])
     data["next_observations"][data["ends"]] = s[data["ends"]]
     data["last"] = data["terminals"] | np.append(only_state[1:], True)
@@ -540,7 +541,7 @@ class Batch(NamedTuple):
     r: Tensor  # (B,)
     s_next: Tensor  # (B, o)
     terminal: Tensor  # (B,)
-    return_to_go: Tensor  # (B,), 0 but in Cal-QL
+    return_to_go: Tensor  # (B,), 0 but in cal_ql.py
 
 
 class Replay:

@@ -4,7 +4,7 @@
 #     "mujoco>=3.3,<3.11", "tyro>=1.0", "numpy>=2.0", "h5py>=3.11", "tqdm>=4.66",
 #     "tensorboard>=2.17", "matplotlib>=3.9"]
 # ///
-"""SMAC, Score-Matched Actor-Critic (arXiv 2602.17632), in one file.
+"""SMAC, Score-Matched Actor-Critic (arXiv 2602.17632), in one file and its optimiser, muon.py.
 
     python smac_offline_to_online.py                                       # small Hopper dataset
     python smac_offline_to_online.py --dataset data/mine.hdf5 --help       # flags, for that dataset
@@ -20,7 +20,8 @@ Pretrain an actor-critic on a fixed dataset, so that online RL goes on from it w
             a is the dataset's action, b half the policy's, half uniform, alpha a slope.
 3. online:  the hand-over: a plain online algorithm (SAC, TD3, TD3+BC or AWR) takes the critics, the
             running average of the policy and the optimisers, and learns on. Q already falls away
-            from the data, so there is nothing to unlearn. --online-kappa keeps score matching on.
+            from the data: nothing to unlearn. By default score matching stays on, with a learned
+            weight (ours); --online-kappa 0 is the paper's plain algorithm.
 
 The file has this order: flags, networks, updates, the three phases in main(), and last what has
 nothing to do with SMAC. docs/smac.md says where it departs from the paper, and why.
@@ -61,7 +62,7 @@ class Args:
     init_from: str | None = None  # offline.pt of this script, or of a baseline's: only phase 3
     resume: str | None = None  # run folder: go on exactly where its last.pt stands
     seed: int = 0  # of networks, batches, exploration and episodes
-    # 1. score. Defaults that name no source are the paper's for locomotion (Tables 6 and 7)
+    # 1. score. No source named: the paper's, for locomotion (Tables 6, 7). WSRL: arXiv 2412.07762
     score_steps: int = 1_000_000  # updates of the diffusion model
     score_batch_size: int = 512
     score_lr: float = 3e-4  # Adam, cosine decay to 0 (IDQL's code)
@@ -80,7 +81,7 @@ class Args:
     critic_lr: float = 3e-4  # of Muon and Adam alike
     policy_lr: float = 1e-4
     temperature_lr: float = 1e-4  # (WSRL)
-    target_entropy_scale: float = -10.0  # a dimension. SAC: -1; here nearly deterministic
+    target_entropy_scale: float = -10.0  # of one action dimension; SAC's is -1
     gamma: float = 0.99
     tau: float = 0.005  # rate of the target networks
     policy_average_rate: float = 0.001  # of the averaged policy (ours); 1: no averaging
@@ -96,7 +97,7 @@ class Args:
     online_batch_size: int = 1024
     offline_fraction: float = 0.5  # share of each batch that comes from the dataset
     online_lr_scale: float = 1.0  # critics' and policy's rates, relative to offline (ours)
-    online_kappa: float | Literal["auto"] = "auto"  # score matching's weight; 0: none (the paper);
+    online_kappa: float | Literal["auto"] = "auto"  # weight of score matching; 0: none, the paper's
     # auto: learned, so that the critics keep their cosine with the score (ours, docs/smac.md)
     backup_entropy: bool = False  # sac: entropy in the TD target
     awr_temperature: float = 0.4  # awr: weight exp(awr_temperature * advantage)
@@ -120,7 +121,7 @@ class Args:
 # Other defaults. adroit, kitchen: the paper's Tables 6 and 7. small, small-adroit: ours, for two
 # CPU cores (docs/smac.md). from-scratch: SAC's own (softlearning).
 PRESETS = {
-    "paper": dict(),  # but for what is marked (ours): alpha, the averaged policy, Muon's scale
+    "paper": dict(),  # but for what is marked (ours); docs/smac.md has the flags to undo that
     "adroit": dict(
         score_steps=3_000_000, score_batch_size=1024, score_blocks=5,
         score_condition_hidden=(256, 256, 256), offline_steps=200_000,
@@ -157,7 +158,7 @@ PRESETS = {
 }
 # fmt: on
 ALGORITHM = "smac"  # in run folders and checkpoints
-# What --init-from takes over from another script's file
+# Flags that --init-from takes over from another script's file, where it has them
 NETWORK_ARGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "gamma")
 NETWORK_ARGS += ("score_hidden", "score_blocks", "score_condition_hidden", "optimizer")
 
@@ -347,7 +348,7 @@ class Agent(nn.Module):
         self.log_temperature = nn.Parameter(torch.zeros(()))  # SAC's weight of the entropy
         self.alpha_net = mlp([obs_dim, 256, 256]).append(linear(256, 1))  # --alpha-mode learned
         self.register_buffer("q_scale", torch.zeros(()))  # running mean |y|: alpha grows from 0
-        self.register_buffer("online_kappa", torch.tensor(args.kappa or 1.0))  # --online-kappa auto
+        self.register_buffer("online_kappa", torch.tensor(args.kappa or 1.0))  # auto's, at first
         self.register_buffer("cosine_bound", torch.zeros(()))
         # Muon takes the matrices between hidden layers, not the first and not the head
         critic_matrices = self.critic.weights[1:-1]
@@ -412,24 +413,25 @@ class Agent(nn.Module):
         metrics = dict(td_loss=td_loss, q=q.mean(), q_std=q.std(0, correction=0).mean())
         self.q_scale.lerp_(target.abs().mean(), 0.005)
         loss = td_loss
-        if isinstance(kappa, Tensor) or kappa > 0:
-            sm_loss, alpha, cosine = self.score_matching_loss(batch.s, batch.a)
+        if isinstance(kappa, Tensor) or kappa > 0:  # a tensor is never 0
+            sm_loss, alpha, cosine = self.score_matching_loss(batch.s)
             metrics |= dict(sm_loss=sm_loss, alpha=alpha.mean(), cosine_batch=cosine)
             loss = td_loss + kappa * sm_loss
         descend(loss, self.optimizers["critic"])
         return detached(metrics)
 
-    def score_matching_loss(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def score_matching_loss(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L_SM = E || grad_a Q(s, a) - alpha score(s, a) ||^2 (paper, 6.2); alpha; the cosine of
         the two on the policy's actions.
 
         alpha is no temperature. It says how steeply Q falls away from the data: large is close to
-        cloning, 0 makes Q flat. Of `a` only the shape is used: half of the actions are the
-        policy's, half uniform. The dataset's are not needed: the TD loss says what Q is there."""
+        cloning, 0 makes Q flat. Half of the actions are the policy's, half uniform. The dataset's
+        are not needed: the TD loss says what Q is there."""
         with torch.no_grad():
             half = len(s) // 2
             a_policy = self.policy.sample(s[:half])[0]
-            a = torch.cat([a_policy, 2 * torch.rand_like(a[half:]) - 1])
+            a_uniform = 2 * torch.rand(len(s) - half, a_policy.size(1), device=s.device) - 1
+            a = torch.cat([a_policy, a_uniform])
             score = self.score_model.score(s, a)
         alpha = self.args.alpha_scale * self.q_scale
         if self.args.alpha_mode == "learned":  # the critics' gradient does not pass through it
@@ -497,6 +499,8 @@ class Agent(nn.Module):
         """Cosine of grad_a Q and the score (App. F): 1 is parallel, 0 unrelated. At the dataset's
         states with the data's, the policy's and uniform actions; at collected states with the
         policy's. A good pretraining ends above 0.4. A hand-over that fails loses the last first."""
+        if not self.score_model.fitted:
+            return {}
         batch = dataset.unpack(dataset.sample(256))
         a_policy, a_uniform = self.policy.sample(batch.s)[0], 2 * torch.rand_like(batch.a) - 1
         cosines = dict(
@@ -572,7 +576,7 @@ def main() -> None:
         data = load_dataset(args.dataset, obs_dim, act_dim)
         dataset = dataset_replay(data, task, device)
         s, a = dataset.unpack(dataset.rows)[:2]
-        w = torch.as_tensor(min_max(data["returns"]), device=device)
+        w = torch.as_tensor(min_max(data["returns"]), dtype=torch.float32, device=device)
         agent.score_model.normalize.fit(s)
         if args.normalize_observations:
             policies = agent.policy, agent.policy_average, agent.policy_target
@@ -616,9 +620,7 @@ def main() -> None:
             run.evaluate(0, agent.policy_average, eval_envs)
         metrics = agent.offline_update(dataset.unpack(dataset.sample(args.offline_batch_size)))
         if run.due(args.log_every):
-            if agent.score_model.fitted:
-                metrics |= agent.cosines(dataset, replay)
-            run.log(metrics)
+            run.log(metrics | agent.cosines(dataset, replay))
         if run.due(args.eval_every):
             run.evaluate(step + 1, agent.policy_average, eval_envs)
         if step + 1 == args.offline_steps:
@@ -629,7 +631,7 @@ def main() -> None:
     from_dataset = round(args.offline_fraction * args.online_batch_size)
     set_lr(agent.optimizers["critic"], args.online_lr_scale * args.critic_lr)
     set_lr(agent.optimizers["policy"], args.online_lr_scale * args.policy_lr)
-    set_lr(agent.optimizers["temperature"], args.temperature_lr)  # --init-from brings its run's
+    set_lr(agent.optimizers["temperature"], args.temperature_lr)  # --init-from loads an old rate
     warned = False
     for step in run.steps("online", args.online_steps):
         if step == 0:  # what was evaluated is what collects the warm start and goes on
@@ -660,14 +662,11 @@ def main() -> None:
             batch = dataset.unpack(rows[torch.randperm(len(rows), device=device)])
             metrics = agent.online_update(batch, policy_turn=run.due(2))
             if run.due(args.log_every):
-                if agent.score_model.fitted:
-                    metrics |= agent.cosines(dataset, replay)
-                    if metrics["cosine_collected"] < 0 and args.online_kappa == 0 and not warned:
-                        tqdm.write(
-                            "cosine_collected < 0: the critics lose the score, see docs/smac.md"
-                        )
-                        warned = True
-                run.log(metrics)
+                cosines = agent.cosines(dataset, replay)
+                run.log(metrics | cosines)
+                if cosines.get("cosine_collected", 1) < 0 and args.online_kappa == 0 and not warned:
+                    tqdm.write("cosine_collected < 0: the critics lose the score, see docs/smac.md")
+                    warned = True
         if run.due(args.eval_every):
             run.evaluate(step + 1, agent.policy_average, eval_envs)
 
@@ -722,10 +721,11 @@ def parse_args() -> tuple[Args, "Task"]:
         saved = read_checkpoint(given.init_from)
         default = Args(dataset=saved["args"]["dataset"], preset=saved["args"]["preset"])
         given, _ = tyro.cli(Args, default=default, add_help=False, return_unknown_args=True)
+        # of this script's file all flags but those of that run alone, of another's the networks'
         names = NETWORK_ARGS if saved["algorithm"] != ALGORITHM else saved["args"]
         kept = {name: saved["args"][name] for name in names if name in saved["args"]}
         for name in ("online_steps", "device", "threads", "runs_dir", "track"):
-            kept.pop(name, None)  # of that run only
+            kept.pop(name, None)
     task = read_task(find_dataset(given.dataset))
     preset = given.preset
     if preset == "auto":
@@ -840,7 +840,7 @@ def load_dataset(name: str, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]
         sys.exit(f"error: {path} only describes an environment: use --offline-steps 0.")
     if (s.shape[1], a.shape[1]) != (obs_dim, act_dim):
         sys.exit(f"error: {path} does not fit its environment: prepare it again.")
-    only_state = data["ends"] & ~data["terminals"]
+    only_state = data["ends"] & ~data["terminals"]  # an episode ends with one, or in a terminal
     data["next_observations"] = np.concatenate([s[1:], s[-1:]])
     data["next_observations"][data["ends"]] = s[data["ends"]]
     data["last"] = data["terminals"] | np.append(only_state[1:], True)
@@ -853,7 +853,7 @@ class Batch(NamedTuple):
     r: Tensor  # (B,)
     s_next: Tensor  # (B, o)
     terminal: Tensor  # (B,)
-    return_to_go: Tensor  # (B,), 0 but in Cal-QL
+    return_to_go: Tensor  # (B,), 0 but in cal_ql.py
 
 
 class Replay:

@@ -157,7 +157,7 @@ def test_score_matching_sums_over_dimensions_and_averages_over_members_and_batch
     gradient = tensor([[[1.0, 2.0]], [[3.0, -1.0]]]).expand(-1, 4, -1)  # members, batch, dimensions
     agent.critic.action_gradient = lambda s, a: gradient
     agent.score_model.score = lambda s, a: torch.ones_like(a)
-    loss, alpha, _ = agent.score_matching_loss(torch.randn(4, OBS), torch.rand(4, ACT))
+    loss, alpha, _ = agent.score_matching_loss(torch.randn(4, OBS))
     assert alpha.item() == 2 and loss.item() == pytest.approx(((1 + 0) + (1 + 9)) / 2)
 
 

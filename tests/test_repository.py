@@ -17,10 +17,10 @@ from shared_blocks import SCRIPTS, halves
 # Of counts.py. Lower a number where a script has become shorter; where one stands in the way of a
 # reader, the reader wins.
 CEILINGS = {
-    "smac_offline_to_online.py": dict(lines=1120, shared=450, network=185, tokens=13, dense=55),
-    "cal_ql.py": dict(lines=900, shared=450, network=185, tokens=13, dense=55),
-    "iql.py": dict(lines=900, shared=450, network=185, tokens=13, dense=55),
-    "td3_bc.py": dict(lines=900, shared=450, network=185, tokens=13, dense=55),
+    "smac_offline_to_online.py": dict(lines=1180, shared=470, network=185, tokens=13, dense=55),
+    "cal_ql.py": dict(lines=940, shared=470, network=160, tokens=13, dense=35),
+    "iql.py": dict(lines=870, shared=470, network=160, tokens=13, dense=35),
+    "td3_bc.py": dict(lines=840, shared=470, network=160, tokens=13, dense=35),
 }
 # Above the banner, what has one name in several scripts is one thing, word for word, but for:
 OWN = {"Args", "Agent", "Policy", "Critics", "main"}

@@ -190,25 +190,27 @@ def test_resumed_twice_and_after_its_end(dataset, reference, tmp_path, monkeypat
     assert_same_outcome(folder, reference)
 
 
-@pytest.mark.parametrize("begin", ["scratch", "offline.pt"])
+@pytest.mark.parametrize("begin", ["scratch", "1", "auto"])
 def test_other_starts_resume_as_well(dataset, reference, tmp_path, monkeypatch, begin):
     """Even when the checkpoint that the run started from is gone."""
     path, folders = tmp_path / "offline.pt", []
     for runs in (tmp_path / "a", tmp_path / "b"):
         shutil.copy(reference / "offline.pt", path)
-        command = [*flags(dataset, runs), "--online-kappa", 1, "--init-from", path]
+        command = [*flags(dataset, runs), "--online-kappa", begin, "--init-from", path]
         if begin == "scratch":
             command = [*flags(dataset, runs), "--offline-steps", 0]
         if not folders:
             folders.append(run_here(smac, *command))
             continue
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            interrupt(patch, "online", 23, die)
+            interrupt(patch, "online", 43, die)
             run_here(smac, *command)
         path.unlink()
         folders.append(run_here(smac, "--resume", only_run(runs)))
     assert load(folders[0] / "last.pt")["done"] == dict(online=80)
     assert_same_outcome(*folders)
+    names = [row["name"] for row in rows_of(folders[1] / "metrics.csv") if row["step"] == "80"]
+    assert ("online_kappa" in names) == (begin == "auto")
 
 
 def test_more_online_steps_go_on_and_the_config_stays(reference, tmp_path):
