@@ -1,23 +1,33 @@
-"""Learning curves, regret and transfer tables from run folders.
+"""Learning curves, regret and transfer tables from run folders, or from tables packed from them.
 
     python experiments/report.py runs                              # all finished runs below runs/
     python experiments/report.py runs/ablations --by all           # a row for each set of flags
     python experiments/report.py runs/size --by dataset            # datasets of one environment
+    python experiments/report.py runs/ablations --collect --name ablations     # packs the folders
+    python experiments/report.py docs/results                      # a report of what is packed
 
 Runs of one dataset, offline and online algorithm (and values of --by) are seeds of one another.
-Writes report.md with its figures, groups.csv (means and intervals), runs.csv (every run) and, of
-several offline algorithms, transfer.csv. A run that starts from another's checkpoint (--init-from)
-shows that one's offline phase, if it is among the runs.
+Writes report.md with its figures, groups.csv (means and intervals), each.csv (every run) and, of
+several offline and online algorithms, transfer.csv. A run that starts from another's checkpoint
+(--init-from) shows that one's offline phase, if it is among the runs.
+
+--collect writes <name>.csv.gz (every evaluation episode), and into runs.csv (a line a run) and
+metrics.csv.gz (cosine_*) the rows of this experiment in place of those of the same name. What a
+folder's files say stands there as it is. `flags` in runs.csv are those that a command names or that
+differ between seeds of one another; `seconds` the run's own clock, in older runs updates,
+evaluations and environment together. Packed experiments are reported one by one: collect runs
+together with those that they start from.
 """
 
 import csv
 import gzip
+import io
 import json
 import re
 import sys
 import textwrap
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -35,10 +45,16 @@ PAPER = {
     "TD3+BC": {"AWR": 0.654, "SAC": 0.962, "TD3": 0.545, "TD3+BC": 0.562},
     "Cal-QL": {"AWR": 0.482, "SAC": 0.448, "TD3": 0.442, "TD3+BC": 0.614},
 }
+EITHER = (
+    "Cal-QL/CQL"  # calibrated on some datasets, as the presets are: one row, the paper's Cal-QL
+)
+PAPER[EITHER] = PAPER["CQL"] = PAPER["Cal-QL"]
 # What two runs may differ in and still be seeds of one another. Some are of earlier versions
 NOT_SETTINGS = set("seed resume resumed runs_dir device threads torch_threads compile".split())
 NOT_SETTINGS |= set("init_from save_replay track capture_video checkpoint_every keep_every".split())
-NOT_SETTINGS |= set("log_every algorithm command commit git_commit torch".split())
+NOT_SETTINGS |= set("log_every eval_every algorithm command commit git_commit torch".split())
+# Packed whatever they are: without them a run's curves cannot be read
+ALWAYS = "dataset env_id calibrate online_algorithm offline_steps online_steps warmup_steps".split()
 MEASURES = ("hand-over", "worst early", "last", "best", "gap", "final", "regret")
 DEFINITIONS = """Normalized returns, 100 is an expert: mean over seeds [95 % bootstrap interval].
 *Hand-over*: before the first online step. *Worst early*: the lowest evaluation up to a fifth of the
@@ -50,19 +66,38 @@ regret between the best (0) and the worst (1) row of the dataset."""
 
 @dataclass
 class Args:
-    dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, or folders above them
-    out: Path = Path("runs/report")  # folder for the report
+    dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders or tables, or above them
+    out: Path | None = None  # default: runs/report; of tables report/ in their folder
     by: tuple[str, ...] = ()  # flags that make different groups; all: those that differ in a group
+    name: str = ""  # the experiment's; with one --by is all if not given
+    # Packed experiments that get figures: those that pages show
+    figures: tuple[str, ...] = ("table-1", "baselines")
+    collect: bool = False  # packs run folders into tables in --out, default docs/results
+    machine: str = ""  # of --collect: what the runs ran on
 
 
 @dataclass(eq=False)
 class Run:
-    path: Path
+    path: Path  # its folder; of packed runs their name
+    name: str  # in the tables; one for each run of an experiment
     config: dict
-    curves: dict[str, dict[int, float]]  # phase: step: mean over the episodes
     task: str  # the dataset's name
+    episodes: list[dict]  # a row each: phase, step, episode, return, length, score, all as text
+    cosines: list[dict]  # a row each: phase, step, name, value, all as text
+    experiment: str = ""
+    seconds: str = ""
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)  # phase: step: mean
     parent: "Run | None" = None  # the run whose checkpoint it started from, if that is here
     variant: str = ""  # what --by tells apart
+
+    def __post_init__(self):
+        values = {}
+        for row in self.episodes:
+            curve = values.setdefault(row["phase"], {})
+            curve.setdefault(int(row["step"]), []).append(float(row["score"]))
+        for phase, curve in values.items():
+            means = {step: float(np.mean(scores)) for step, scores in curve.items()}
+            self.curves[phase] = means
 
     @property
     def offline(self) -> str:
@@ -95,63 +130,235 @@ class Run:
 
 
 def method_name(config: dict) -> str:
-    """As people write it. Without calibration Cal-QL is CQL."""
+    """As people write it. Without calibration Cal-QL is CQL, as d3rlpy's is here."""
     name = config["algorithm"].removeprefix("d3rlpy-")
     label = NAMES.get(name, name)
-    if name == "cal_ql" and not config.get("calibrate", True):
+    peer = config["algorithm"] != name
+    if name == "cal_ql" and (peer or not config.get("calibrate", True)):
         label = "CQL"
-    return f"d3rlpy's {label}" if config["algorithm"] != name else label
+    return f"d3rlpy's {label}" if peer else label
 
 
 # ---- reading
-def read_run(path: Path, by: tuple[str, ...]) -> Run | None:
-    """The run in a folder; None while its last evaluation is not written, or if a file was cut."""
-    results = {}  # phase: step: one of each episode, then their mean
+def read_table(path: Path) -> list[dict]:
+    """Rows of a table, packed or not."""
+    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def read_run(path: Path, by: tuple[str, ...], experiment: str) -> Run | None:
+    """The run in a folder; None if a file was cut."""
     try:
         config = json.loads((path / "config.json").read_text())
-        with open(path / "evaluations.csv", newline="") as f:
-            for row in csv.DictReader(f):
-                value = row["normalized"] if "normalized" in row else row["score"]  # older runs
-                curve = results.setdefault(row["phase"], {})
-                curve.setdefault(int(row["step"]), []).append(float(value))
         task = config["task"]
         if isinstance(task, dict):  # a name in older runs
+            config["env_id"] = task["env_id"]
             task = task["env_id"] if "dataset" in by else Path(config["dataset"]).stem
+        if config.get("dataset"):
+            config["dataset"] = Path(config["dataset"]).name  # without a machine's folders
+        config["commit"] = config.get("commit", config.get("git_commit"))
+        episodes = read_table(path / "evaluations.csv")
+        for row in episodes:
+            if "normalized" in row:  # `score` in older runs
+                row["score"] = row.pop("normalized")
+        metrics = []
+        for file in path.glob("metrics.csv*"):
+            metrics += read_table(file)
+        cosines = [row for row in metrics if row["name"].startswith("cosine_")]
+        return Run(
+            path, path.name, config, task, episodes, cosines, experiment, seconds_of(metrics)
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{path} cannot be read ({type(error).__name__}: {error})", file=sys.stderr)
         return None
-    if "final" not in results:
-        return None
-    for curve in results.values():
-        curve.update({step: float(np.mean(values)) for step, values in curve.items()})
-    return Run(path, config, results, task)
 
 
-def read_runs(dirs: tuple[Path, ...], by: tuple[str, ...] = ()) -> list[Run]:
-    """All finished runs, each with the one it started from."""
-    runs = {}
+def seconds_of(metrics: list[dict]) -> str:
+    """The last of a run's clock; older runs have three, of what they do."""
+    last = {}
+    for row in metrics:
+        if row["name"].startswith("seconds"):
+            last[row["name"]] = float(row["value"])
+    if not last:
+        return ""
+    return f"{last.get('seconds', sum(last.values())):.0f}"
+
+
+def read_packed(folder: Path, by: tuple[str, ...]) -> list[Run]:
+    """The runs of packed tables, with what runs.csv says in place of a config.json."""
+    cosines = {}
+    for row in read_table(folder / "metrics.csv.gz"):
+        cosines.setdefault((row["experiment"], row["run"]), []).append(row)
+    lines = read_table(folder / "runs.csv")
+    episodes = {}
+    for experiment in dict.fromkeys(line["experiment"] for line in lines):
+        for row in read_table(folder / f"{experiment}.csv.gz"):
+            episodes.setdefault((experiment, row["run"]), []).append(row)
+    runs = []
+    for line in lines:
+        key = line["experiment"], line["run"]
+        config = read_flags(line["flags"]) | dict(seed=int(line["seed"]), commit=line["commit"])
+        config["algorithm"] = line["script"]
+        if line["parent"]:
+            config["init_from"] = f"{line['parent']}/offline.pt"
+        task = line["task"]
+        if "dataset" in by:
+            task = config.get("env_id", task)
+        table = episodes[key], cosines.get(key, [])
+        runs.append(Run(Path(line["run"]), line["run"], config, task, *table, key[0]))
+    return runs
+
+
+def read_flags(text: str) -> dict:
+    """Of `name=value; name=value`, as flags_of writes it."""
+    flags = {}
+    for part in text.split("; "):
+        name, value = part.split("=", 1)
+        try:
+            flags[name] = json.loads(value)
+        except ValueError:
+            flags[name] = value  # text stands there without quotes
+    return flags
+
+
+def name_runs(runs: list[Run], root: Path, taken: set[str]) -> None:
+    """A run's name in the tables: its folder's, below the uppermost one, which says what is special
+    about it. Folders named by a sweep's flags say what `flags` says."""
+    for run in runs:
+        parts = run.path.relative_to(root).parts
+        if len(parts) > 1 and "=" not in parts[0]:
+            run.name = f"{parts[0]}/{run.name}"
+        while run.name in taken:
+            run.name += "b"
+        taken.add(run.name)
+
+
+def is_packed(folder: Path) -> bool:
+    return (folder / "runs.csv").exists() and (folder / "metrics.csv.gz").exists()
+
+
+def read_all(dirs: tuple[Path, ...], by: tuple[str, ...] = (), name: str = "") -> list[Run]:
+    """All runs that can be read, each with the one it started from."""
+    runs, n, taken = [], 0, set()
     for folder in dirs:
         if not folder.is_dir():
             sys.exit(f"error: there is no folder {folder}.")
-        for config in sorted(folder.rglob("config.json")):
-            if (config.parent / "evaluations.csv").exists():
-                runs[config.parent] = read_run(config.parent, by)
-    finished = [run for run in runs.values() if run]
-    if len(finished) < len(runs):
-        print(f"{len(runs) - len(finished)} unfinished of {len(runs)} left out", file=sys.stderr)
-    if not finished:
-        sys.exit("error: no finished run there: name folders with run folders in or below them.")
-    for run in finished:
+        if is_packed(folder):
+            found = read_packed(folder, by)
+        else:
+            places = [config.parent for config in sorted(folder.rglob("config.json"))]
+            places = [place for place in places if (place / "evaluations.csv").exists()]
+            found = [read_run(place, by, name) for place in places]
+            name_runs(list(filter(None, found)), folder, taken)
+        n += len(found)
+        runs += filter(None, found)
+    finished = [run for run in runs if "final" in run.curves]
+    if len(finished) < n:
+        print(f"{n - len(finished)} unfinished of {n}", file=sys.stderr)
+    for run in runs:
         if run.config.get("init_from"):
-            run.parent = find_parent(Path(run.config["init_from"]).parent, finished)
-    return sorted(finished, key=lambda run: (run.key, run.config["seed"], run.path.name))
+            run.parent = find_parent(run, runs)
+    return sorted(runs, key=lambda run: (run.key, run.config["seed"], run.name))
 
 
-def find_parent(folder: Path, runs: list[Run]) -> Run | None:
-    """The run of that folder. Runs of the same second share its name: the folder above decides."""
-    same = [run for run in runs if run.path.name == folder.name]
-    same.sort(key=lambda run: run.path.resolve().parts[-2:] != folder.parts[-2:])
+def read_runs(dirs: tuple[Path, ...], by: tuple[str, ...] = (), name: str = "") -> list[Run]:
+    """All finished runs."""
+    runs = [run for run in read_all(dirs, by, name) if "final" in run.curves]
+    if not runs:
+        sys.exit("error: no finished run there: name folders with run folders in or below them.")
+    return runs
+
+
+def find_parent(run: Run, runs: list[Run]) -> Run | None:
+    """The run of its experiment whose checkpoint it started from. Runs of the same second share
+    their name: then the folder above decides."""
+    folder = Path(run.config["init_from"]).parent
+    same = [other for other in runs if other.experiment == run.experiment]
+    same = [other for other in same if other.path.name == folder.name]
+    same.sort(key=lambda other: other.path.resolve().parts[-2:] != folder.parts[-2:])
     return same[0] if same else None
+
+
+# ---- packing
+def packed_flags(runs: list[Run]) -> dict[Run, list[str]]:
+    """Names of the flags that runs.csv has for each run. Those that differ within some group are
+    there for all runs of its task, so that a run's can be held against its parent's."""
+    groups, names = groups_of(runs), {}
+    differ = {run.task: set() for run in runs}
+    for group in groups.values():
+        differ[group[0].task] |= set(differing(group))
+    for group in groups.values():
+        given = set(ALWAYS)
+        for run in group:
+            for word in run.config.get("command", []):
+                if word.startswith("--"):
+                    name = word.split("=")[0].removeprefix("--").replace("-", "_")
+                    given |= {name, name.removeprefix("no_")}
+        given |= differ[group[0].task]
+        names |= dict.fromkeys(group, sorted(given - NOT_SETTINGS - {"task"}))
+    return names
+
+
+def flags_of(run: Run, names: list[str]) -> str:
+    parts = []
+    for name in names:
+        if run.config.get(name) is not None:
+            value = run.config[name]
+            parts.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return "; ".join(parts)
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """With nothing in the packed file that differs between two writings, as its time would."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    data = text.getvalue().encode()
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def replace_rows(path: Path, experiment: str, rows: list[dict]) -> None:
+    """The rows of an experiment in a table of several."""
+    kept = read_table(path) if path.exists() else []
+    rows = rows + [row for row in kept if row["experiment"] != experiment]
+    write_table(path, sorted(rows, key=lambda row: (row["experiment"], row["run"])))
+
+
+def collect(args: Args) -> None:
+    """Packs run folders."""
+    out = args.out or Path("docs/results")
+    if not re.fullmatch(r"[\w+.-]+", args.name):
+        sys.exit("error: --collect needs a --name of letters, digits, dots and dashes.")
+    if any(is_packed(folder) for folder in args.dirs):
+        sys.exit("error: --collect packs run folders, and these are tables.")
+    runs = read_all(args.dirs, (), args.name)
+    if not runs:
+        sys.exit("error: no run there: name folders with run folders in or below them.")
+    flags = packed_flags(runs)
+    lines, episodes, cosines = [], [], []
+    for run in sorted(runs, key=lambda run: run.name):
+        parent = Path(run.config.get("init_from") or "").parent.name  # of a run elsewhere
+        if run.parent:
+            parent = run.parent.name
+        about = dict(experiment=args.name, run=run.name, script=run.config["algorithm"])
+        about |= dict(offline=run.offline, online=run.online, task=run.task)
+        about |= dict(seed=run.config["seed"], commit=run.config["commit"])
+        about |= dict(parent=parent, flags=flags_of(run, flags[run]))
+        lines.append(about | dict(seconds=run.seconds, machine=args.machine))
+        algorithm = " to ".join(name for name in (run.offline, run.online) if name != "none")
+        about = dict(run=run.name, algorithm=algorithm, task=run.task, seed=run.config["seed"])
+        for row in run.episodes:
+            values = {name: row[name] for name in "phase step episode return length score".split()}
+            episodes.append(about | values)
+        about = dict(experiment=args.name, run=run.name)
+        for row in run.cosines:
+            cosines.append(about | {name: row[name] for name in ("phase", "step", "name", "value")})
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(out / f"{args.name}.csv.gz", episodes)
+    replace_rows(out / "runs.csv", args.name, lines)
+    replace_rows(out / "metrics.csv.gz", args.name, cosines)
+    print(f"{len(runs)} runs, {len(episodes)} episodes: {out / args.name}.csv.gz")
 
 
 def groups_of(runs: list[Run]) -> dict[tuple, list[Run]]:
@@ -195,7 +402,7 @@ def doubts(runs: list[Run]) -> list[str]:
     sentences = []
     for key, group in groups_of(runs).items():
         what = differing(group)
-        if len({run.config.get("commit", run.config.get("git_commit")) for run in group}) > 1:
+        if len({run.config["commit"] for run in group}) > 1:
             what.append("commit")
         for seed, n in Counter(run.config["seed"] for run in group).items():
             if n > 1:
@@ -245,10 +452,11 @@ def summarize(runs: list[Run]) -> tuple[list[dict], list[dict]]:
         best[run.task] = max([best.get(run.task, -np.inf), *seen])
     each, groups = [], []
     for key, group in groups_of(runs).items():
-        names = dict(zip(("task", "offline", "online", "variant"), key))
+        names = dict(experiment=group[0].experiment)
+        names |= dict(zip(("task", "offline", "online", "variant"), key))
         rows = [measure(run, best[run.task]) for run in group]
         for run, row in zip(group, rows):
-            each.append(names | dict(seed=run.config["seed"], run=run.path.name) | row)
+            each.append(names | dict(seed=run.config["seed"], run=run.name) | row)
         summary = names | dict(seeds=len(rows))
         for name in MEASURES:
             values = [row[name] for row in rows if name in row]
@@ -270,14 +478,22 @@ def summarize(runs: list[Run]) -> tuple[list[dict], list[dict]]:
 
 def transfer_table(groups: list[dict]) -> list[dict]:
     """Mean over the datasets of the normalised regret, for each pair of algorithms."""
+    tasks = {}
+    for group in groups:
+        tasks.setdefault(group["offline"], set()).add(group["task"])
+    joint = not tasks.get("CQL", set()) & tasks.get("Cal-QL", set())
     pairs = {}
     for group in groups:
         if "normalised" in group:
-            pairs.setdefault((group["offline"], group["online"]), []).append(group["normalised"])
+            offline = group["offline"]
+            if joint and offline in ("CQL", "Cal-QL"):
+                offline = EITHER
+            pairs.setdefault((offline, group["online"]), []).append(group["normalised"])
     rows = []
     for (offline, online), values in sorted(pairs.items()):
         paper = PAPER.get(offline, {}).get(online, "")
-        row = dict(offline=offline, online=online, datasets=len(values), paper=paper)
+        row = dict(experiment=groups[0]["experiment"], offline=offline, online=online)
+        row |= dict(datasets=len(values), paper=paper)
         rows.append(row | {"normalised regret": float(np.mean(values))})
     return rows
 
@@ -304,11 +520,13 @@ def both_phases(axes, offline, online, color) -> None:
         band(axes, online, 0, color)
 
 
-def panels(n: int, ylabel: str, title: str):
-    columns = 2 if n == 4 else min(n, 3)
+def panels(n: int, ylabel: str, title: str, sharex: bool = True):
+    columns = {4: 2, 8: 4, 16: 4}.get(n, min(n, 3))
     rows = -(-n // columns)
     size = (max(8, 4 * columns), 3.2 * rows + 1.5)
-    shape = dict(sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained")
+    if columns == 4:
+        size = (13, 2.6 * rows + 1.5)
+    shape = dict(sharex=sharex, sharey=True, squeeze=False, figsize=size, layout="constrained")
     figure, grid = plt.subplots(rows, columns, **shape)
     for axes in grid.flat[:n]:
         axes.axvline(0, color="black", linestyle="--", linewidth=0.8)
@@ -318,16 +536,22 @@ def panels(n: int, ylabel: str, title: str):
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in grid.flat[n:]:
         axes.axis("off")
-    figure.suptitle(f"{title}\ndashed: the hand-over; gray: the warm start")
+    figure.suptitle(f"{title}\ndashed: the hand-over; gray: the warm start, without updates")
     return figure, list(grid.flat)
 
 
-def save(figure, path: Path, colors: dict) -> None:
+def shade_warm_start(axes, run: Run) -> None:
+    if run.curve("online"):
+        axes.axvspan(0, run.config["warmup_steps"], color="gray", alpha=0.15, linewidth=0)
+
+
+def save(figure, path: Path, colors: dict, title: str) -> None:
     handles = []
     for label, color in colors.items():
         handles.append(plt.Line2D([], [], color=color, marker=".", label=label))
     columns = max(1, int(14 * figure.get_figwidth() / (max(map(len, colors)) + 6)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
+    place = dict(loc="outside lower center", ncols=min(columns, len(handles)))
+    figure.legend(handles=handles, title=title, **place)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -337,7 +561,9 @@ def curves_figure(runs: list[Run], path: Path) -> None:
     split = len({run.offline for run in runs}) > 1 and len({run.variant for run in runs}) > 1
     by_panel, names = {}, set()
     for run in runs:
-        title = "pretraining only" if run.online == "none" else f"online {run.online}"
+        title = f"online {run.online}"
+        if run.online in ("none", "its own"):
+            title = {"none": "pretraining only", "its own": "its own online phase"}[run.online]
         name = ", ".join(filter(None, (run.offline, run.variant)))
         if split:
             title, name = f"{run.offline}, {title}", run.variant
@@ -353,23 +579,18 @@ def curves_figure(runs: list[Run], path: Path) -> None:
         for name, group in sorted(lines.items()):
             curves = [[run.curve("offline"), run.curve("online")] for run in group]
             both_phases(axes, *zip(*curves), colors[name])
-        if group[0].online != "none":
-            axes.axvspan(0, group[0].config["warmup_steps"], color="gray", alpha=0.15, linewidth=0)
-    save(figure, path, colors)
+        shade_warm_start(axes, group[0])
+    save(figure, path, colors, "variant" if split else "pretrained with")
 
 
 def read_cosines(run: Run, phase: str) -> dict[str, dict[int, float]]:
-    """name: step: cosine, of metrics.csv or metrics.csv.gz."""
-    folder = run.parent.path if run.parent and phase == "offline" else run.path
-    plain, packed = folder / "metrics.csv", folder / "metrics.csv.gz"
+    """name: step: cosine."""
+    source = run.parent if run.parent and phase == "offline" else run
     cosines: dict[str, dict[int, float]] = {}
-    if not plain.exists() and not packed.exists():
-        return cosines
-    with open(plain) if plain.exists() else gzip.open(packed, "rt") as f:
-        for row in csv.DictReader(f):
-            if row["phase"] == phase and row["name"].startswith("cosine_"):
-                curve = cosines.setdefault(row["name"].removeprefix("cosine_"), {})
-                curve[int(row["step"])] = float(row["value"])
+    for row in source.cosines:
+        if row["phase"] == phase:
+            curve = cosines.setdefault(row["name"].removeprefix("cosine_"), {})
+            curve[int(row["step"])] = float(row["value"])
     return cosines
 
 
@@ -379,21 +600,31 @@ def identity_figure(runs: list[Run], path: Path) -> bool:
     for run in runs:
         offline, online = read_cosines(run, "offline"), read_cosines(run, "online")
         if run.offline == "SMAC" and (offline or online):
-            found.setdefault(run.key, []).append((offline, online))
+            found.setdefault(run.key, []).append((run, offline, online))
     if not found:
         return False
-    title = f"{runs[0].task}: cosine of Q's action gradient and the score"
-    figure, grid = panels(len(found), "cosine", title)
-    colors = {"data": "tab:green", "policy": "tab:blue", "uniform": "tab:orange"}
-    colors["collected"] = "tab:red"  # the policy's actions at collected states
+    title = "Does Q's gradient in the action follow the score? Their cosine, 1 if they are parallel"
+    figure, grid = panels(len(found), "cosine", title, sharex=False)
+    kinds = {
+        "data": ("the dataset's actions", "tab:green"),
+        "policy": ("the policy's actions", "tab:blue"),
+    }
+    kinds["uniform"] = "random actions", "tab:orange"
+    kinds["collected"] = "the policy's at collected states", "tab:red"
+    shown = {}
     for axes, (key, group) in zip(grid, found.items()):
-        title = f"{key[1]} to {key[2]} {key[3]} ({len(group)} seeds)"
-        axes.set_title(textwrap.fill(title, 45), fontsize=10)
+        pair = f"{key[1]} to {key[2]} {key[3]}".strip()
+        title = textwrap.fill(f"{pair}, {len(group)} seeds", 40)
+        axes.set_title(f"{key[0]}\n{title}", fontsize=9)
         axes.axhline(0, color="gray", linewidth=0.6)
-        for name, color in colors.items():
-            curves = [[phase.get(name) for phase in cosines] for cosines in group]
-            both_phases(axes, *zip(*curves), color)
-    save(figure, path, {f"cosine_{name}": color for name, color in colors.items()})
+        shade_warm_start(axes, group[0][0])
+        for name, (label, color) in kinds.items():
+            offline = [cosines.get(name) for _, cosines, _ in group]
+            online = [cosines.get(name) for _, _, cosines in group]
+            both_phases(axes, offline, online, color)
+            if any(offline + online):
+                shown[label] = color
+    save(figure, path, shown, "taken at")
     return True
 
 
@@ -423,9 +654,16 @@ def cell(group: dict, name: str) -> str:
     return f"{group[name]:.1f}{interval}"
 
 
-def task_section(task: str, runs: list[Run], groups: list[dict], out: Path) -> list[str]:
-    curves_figure(runs, out / f"curve_{task}.png")
-    text = [f"## {task}", f"![learning curves](curve_{task}.png)"]
+def figure_name(kind: str, *words: str) -> str:
+    return f"{'_'.join(filter(None, (kind, *words)))}.png"
+
+
+def task_section(task: str, runs: list[Run], groups: list[dict], out: Path, draw: bool) -> list:
+    text = [f"## {task}"]
+    if draw:
+        figure = figure_name("curve", runs[0].experiment, task)
+        curves_figure(runs, out / figure)
+        text.append(f"![learning curves]({figure})")
     if len({tuple(run.curve("online")) for run in runs if run.curve("online")}) > 1:
         text.append("**Evaluated at different online steps: regrets cannot be compared.**")
     names = ["offline", "online"]
@@ -438,10 +676,7 @@ def task_section(task: str, runs: list[Run], groups: list[dict], out: Path) -> l
         row = [group[name] for name in names]
         rows.append([*row, *numbers, normalised, group["each hand-over"]])
     head = [*names, "seeds", *MEASURES, "normalised regret", "each seed at the hand-over"]
-    text.append(markdown_table(head, rows))
-    if identity_figure(runs, out / f"identity_{task}.png"):
-        text.append(f"![identity check](identity_{task}.png)")
-    return text
+    return [*text, markdown_table(head, rows)]
 
 
 def transfer_section(pairs: list[dict]) -> list[str]:
@@ -458,33 +693,56 @@ def transfer_section(pairs: list[dict]) -> list[str]:
     return [title, markdown_table(["offline \\ online", *online], lines)]
 
 
-def write_report(runs: list[Run], out: Path, by: tuple[str, ...]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    name_variants(runs, by)
+def experiment_section(runs: list[Run], args: Args, out: Path) -> tuple[list, ...]:
+    """Text, and rows of each.csv, groups.csv and transfer.csv."""
+    name = runs[0].experiment
+    name_variants(runs, args.by or (("all",) if name else ()))
     parents = {run.parent for run in runs}  # shown with the runs that start from them
     runs = [run for run in runs if run not in parents or run.curve("online")]
     runs.sort(key=lambda run: (run.key, run.config["seed"]))
     each, groups = summarize(runs)
     warnings = doubts(runs)
     print("\n".join(warnings), file=sys.stderr)
-    text = [f"# {len(runs)} runs", DEFINITIONS, *warnings]
+    text = [f"# {name}", *warnings] if name else warnings
+    draw = not is_packed(args.dirs[0]) or name in args.figures
     for task in dict.fromkeys(run.task for run in runs):
         here = [run for run in runs if run.task == task]
-        text += task_section(task, here, [g for g in groups if g["task"] == task], out)
+        text += task_section(task, here, [g for g in groups if g["task"] == task], out, draw)
+    if draw:
+        figure = figure_name("identity", name)
+        if identity_figure(runs, out / figure):
+            text.append(f"![identity check]({figure})")
     pairs = transfer_table(groups)
-    if len({pair["offline"] for pair in pairs}) > 1 and not any(run.variant for run in runs):
-        text += transfer_section(pairs)
-        write_csv(out / "transfer.csv", pairs)
-    write_csv(out / "runs.csv", each)
-    write_csv(out / "groups.csv", groups)
+    several = [len({pair[name] for pair in pairs}) > 1 for name in ("offline", "online")]
+    if not all(several) or any(run.variant for run in runs):
+        return text, each, groups, []
+    return text + transfer_section(pairs), each, groups, pairs
+
+
+def write_report(runs: list[Run], args: Args) -> None:
+    packed = any(is_packed(folder) for folder in args.dirs)
+    out = args.out or (args.dirs[0] / "report" if packed else Path("runs/report"))
+    out.mkdir(parents=True, exist_ok=True)
+    text, each, groups, pairs = [], [], [], []
+    for experiment in sorted({run.experiment for run in runs}):
+        here = [run for run in runs if run.experiment == experiment]
+        for rows, more in zip((text, each, groups, pairs), experiment_section(here, args, out)):
+            rows += more
+    for name, rows in {"each": each, "groups": groups, "transfer": pairs}.items():
+        if rows:
+            write_csv(out / f"{name}.csv", rows)
+    text = [f"# {len(each)} runs", DEFINITIONS, *text]
     (out / "report.md").write_text("\n\n".join(text) + "\n")
-    print(f"{len(runs)} runs in {len(groups)} groups: {out / 'report.md'}")
+    print(f"{len(each)} runs in {len(groups)} groups: {out / 'report.md'}")
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     plt.switch_backend("Agg")
-    write_report(read_runs(args.dirs, args.by), args.out, args.by)
+    if args.collect:
+        collect(args)
+    else:
+        write_report(read_runs(args.dirs, args.by, args.name), args)
 
 
 if __name__ == "__main__":

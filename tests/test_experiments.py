@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,7 +264,7 @@ def test_the_smoke_sweep_with_the_real_script(tmp_path):
 # ---- report
 def write_run(folder, algorithm, online, seed, curves, final=50.0, old=True, **flags) -> Path:
     """A run folder with these curves, {phase: {step: mean}}, two episodes around each mean; in the
-    layout of docs/results, or of today."""
+    layout of version 0.1, or of today."""
     task = flags.pop("task", "hopper-embedded")
     path = folder / f"{task}__{algorithm}__{seed}__20260101-00000{seed}"
     path.mkdir(parents=True)
@@ -341,7 +342,7 @@ def test_the_numbers_of_a_report_by_hand(numbers, tmp_path, monkeypatch):
     assert pairs["IQL", "TD3"]["datasets"] == "1"
     text = (tmp_path / "report.md").read_text()
     assert "| SMAC | 0.500 (0.031) | – |" in text and "curve_walker2d-medium-v2.png" in text
-    assert (tmp_path / "identity_hopper-embedded.png").exists()
+    assert (tmp_path / "identity.png").exists()
 
 
 def test_a_report_has_the_numbers_that_the_script_prints(dataset, tmp_path, monkeypatch, capsys):
@@ -349,7 +350,7 @@ def test_a_report_has_the_numbers_that_the_script_prints(dataset, tmp_path, monk
     run_here(smac, *flags, "--policy-average-rate", 0.1, "--policy-lr", 0.01)
     out = capsys.readouterr().out
     make_report(monkeypatch, tmp_path / "out", tmp_path)
-    (row,) = rows_of(tmp_path / "out" / "runs.csv")
+    (row,) = rows_of(tmp_path / "out" / "each.csv")
     for theirs, name in {
         "at the hand-over": "hand-over",
         "worst early": "worst early",
@@ -455,6 +456,117 @@ def test_a_report_of_nothing_is_one_sentence(numbers, tmp_path, monkeypatch):
         make_report(monkeypatch, tmp_path / "out", numbers / "d")
     with pytest.raises(SystemExit, match="error: --by kapa"):
         make_report(monkeypatch, tmp_path / "out", numbers / "a", "--by", "kapa")
+
+
+# ---- tables
+def files_in(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_report_of_tables_is_that_of_the_folders(numbers, tmp_path, monkeypatch, capsys):
+    """To the last byte, tables and pictures, twice; an unfinished run is packed all the same."""
+    tables = tmp_path / "tables"
+    run_main(report, monkeypatch, numbers, "--collect", "--name", "tiny", "--out", tables)
+    assert "9 runs" in capsys.readouterr().out
+    make_report(monkeypatch, tmp_path / "folders", numbers, "--name", "tiny")
+    expected = files_in(tmp_path / "folders")
+    assert len(expected) == 4 + 2 + 1  # tables, curves, identity
+    packed = files_in(tables)
+    for _ in range(2):
+        run_main(report, monkeypatch, tables, "--figures", "tiny")
+        assert files_in(tables / "report") == expected
+        assert files_in(tables) == packed
+
+
+def test_collecting_again_replaces_an_experiment_and_leaves_the_others(tmp_path, monkeypatch):
+    curves, tables = dict(offline={0: 1.25, 10: 5}, online={0: 10 / 3, 60: 80}), tmp_path / "t"
+    folders = {}
+    for i, name in enumerate(("one", "two")):
+        write_run(tmp_path / name / "a", "smac", "sac", i, curves, old=False, kappa=0.5)
+        folders[name] = write_run(tmp_path / name / "b", "smac", "sac", 0, curves, old=False)
+        words = (tmp_path / name, "--collect", "--name", name, "--out", tables)
+        run_main(report, monkeypatch, *words)
+    first = files_in(tables)
+    assert sorted(first) == ["metrics.csv.gz", "one.csv.gz", "runs.csv", "two.csv.gz"]
+    lines = rows_of(tables / "runs.csv")
+    assert [line["experiment"] for line in lines] == ["one", "one", "two", "two"]
+    assert {line["run"].split("/")[0] for line in lines} == {"a", "b"}
+    assert lines[0]["offline"] == "SMAC" and lines[0]["online"] == "SAC"
+    assert "kappa=0.5; " in lines[0]["flags"] and "kappa=1.0; " in lines[1]["flags"]
+    assert "env_id=Hopper-v5" in lines[0]["flags"] and "runs_dir" not in lines[0]["flags"]
+
+    rows = report.read_table(tables / "two.csv.gz")
+    theirs = report.read_table(folders["two"] / "evaluations.csv")
+    ours = [row for row in rows if row["run"].startswith("b/")]
+    for name in ("phase", "step", "episode", "return", "length"):
+        assert [row[name] for row in ours] == [row[name] for row in theirs]
+    assert [row["score"] for row in ours] == [row["normalized"] for row in theirs]
+
+    run_main(report, monkeypatch, *words)
+    assert files_in(tables) == first
+    shutil.rmtree(folders["two"])
+    run_main(report, monkeypatch, *words, "--machine", "abacus")
+    lines = rows_of(tables / "runs.csv")
+    assert [line["machine"] for line in lines] == ["", "", "abacus"]
+    metrics = report.read_table(tables / "metrics.csv.gz")
+    assert {row["name"] for row in metrics} == {"cosine_data", "cosine_policy", "cosine_uniform"}
+    assert {row["run"] for row in metrics} == {line["run"] for line in lines}
+
+
+def test_runs_of_one_second_keep_their_own_names_and_parents(tmp_path, monkeypatch):
+    for i, folder in enumerate(("kappa=1", "kappa=2")):
+        source = write_run(tmp_path / folder, "iql", None, 0, dict(offline={0: 2, 10: 60 + i}))
+        init = dict(init_from=str(source / "offline.pt"))
+        write_run(tmp_path / f"td3,{folder}", "smac", "td3", 0, dict(online={0: 1, 60: i}), **init)
+    words = (tmp_path, "--collect", "--name", "tiny", "--out", tmp_path / "tables")
+    run_main(report, monkeypatch, *words)
+    lines = [line for line in rows_of(tmp_path / "tables" / "runs.csv") if line["parent"]]
+    assert (
+        [line["run"][-1] for line in lines] == [line["parent"][-1] for line in lines] == ["0", "b"]
+    )
+    runs = [run for run in report.read_runs((tmp_path / "tables",)) if run.parent]
+    assert [(run.curve("offline")[10], run.curve("online")[60]) for run in runs] == [
+        (60, 0),
+        (61, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (("a",), "needs a --name"),
+        (("a", "--name", "../a"), "needs a --name"),
+        (("empty", "--name", "a"), "no run there"),
+        (("tables", "--name", "a"), "these are tables"),
+    ],
+)
+def test_what_cannot_be_packed_is_one_sentence(words, sentence, tmp_path, monkeypatch):
+    write_run(tmp_path / "a", "smac", "sac", 0, dict(online={0: 1, 60: 2}))
+    (tmp_path / "empty").mkdir()
+    tables = tmp_path / "tables"
+    run_main(report, monkeypatch, tmp_path / "a", "--collect", "--name", "x", "--out", tables)
+    folder, *more = words
+    with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
+        run_main(report, monkeypatch, tmp_path / folder, "--collect", *more, "--out", tables)
+
+
+RESULTS = ROOT / "docs" / "results"
+
+
+def test_the_results_are_few_files_with_short_paths():
+    files = [path for path in RESULTS.rglob("*") if path.is_file()]
+    assert len(files) <= 40
+    assert [path for path in files if len(str(path.relative_to(ROOT))) > 80] == []
+
+
+def test_the_results_tables_are_those_of_the_packed_runs(tmp_path, monkeypatch):
+    """Every experiment in runs.csv has its table, and the report in docs/ is the one of today."""
+    run_main(report, monkeypatch, RESULTS, "--out", tmp_path, "--figures", "none")
+    for name in ("report.md", "groups.csv", "each.csv", "transfer.csv"):
+        text = (tmp_path / name).read_text()
+        kept = (RESULTS / "report" / name).read_text()
+        figures = re.sub(r"!\[[^]]*\]\([^)]*\)\n\n?", "", kept)
+        assert text.rstrip() == figures.rstrip(), name
 
 
 # ---- landscape
