@@ -412,7 +412,7 @@ def parse_args() -> tuple[Args, "Task"]:
         # of this script's file all flags but those of that run alone, of another's the networks'
         names = NETWORK_ARGS if saved["algorithm"] != ALGORITHM else saved["args"]
         kept = {name: saved["args"][name] for name in names if name in saved["args"]}
-        for name in ("online_steps", "device", "threads", "runs_dir", "track"):
+        for name in ("online_steps", "device", "threads", "compile", "runs_dir", "track"):
             kept.pop(name, None)
     task = read_task(find_dataset(given.dataset))
     preset = given.preset

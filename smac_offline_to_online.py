@@ -152,8 +152,9 @@ PRESETS = {
     "from-scratch": dict(
         num_critics=2, critic_hidden=(256, 256), critic_activation="relu",
         policy_hidden=(256, 256), policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0,
-        policy_average_rate=1.0, optimizer="adam", backup_entropy=True, offline_fraction=0.0,
-        online_steps=1_000_000, online_batch_size=256, eval_every=5_000, eval_episodes=10,
+        policy_average_rate=1.0, optimizer="adam", online_kappa=0.0, backup_entropy=True,
+        offline_fraction=0.0, online_steps=1_000_000, online_batch_size=256, eval_every=5_000,
+        eval_episodes=10,
     ),
 }
 # fmt: on
@@ -724,7 +725,7 @@ def parse_args() -> tuple[Args, "Task"]:
         # of this script's file all flags but those of that run alone, of another's the networks'
         names = NETWORK_ARGS if saved["algorithm"] != ALGORITHM else saved["args"]
         kept = {name: saved["args"][name] for name in names if name in saved["args"]}
-        for name in ("online_steps", "device", "threads", "runs_dir", "track"):
+        for name in ("online_steps", "device", "threads", "compile", "runs_dir", "track"):
             kept.pop(name, None)
     task = read_task(find_dataset(given.dataset))
     preset = given.preset

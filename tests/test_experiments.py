@@ -119,6 +119,7 @@ SWEEPS = {
     "default": 5,
     "dataset-size": 2 * 36,
     "door": 3 + 3,
+    "handover": 3 + 12,
     "paper-table-1": 96 + 384,
     "smoke": 2,
     "transfer-adroit": 8 + 32,

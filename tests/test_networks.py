@@ -238,6 +238,7 @@ def test_cosines_draw_nothing_from_the_runs_random_numbers():
     agent, replay = agent_of(), smac.Replay(64, OBS, ACT, torch.device("cpu"))
     agent.critic.action_gradient = lambda s, a: 3 * a.expand(3, -1, -1)
     agent.score_model.score = lambda s, a: a * torch.tensor([1.0, -1.0])
+    agent.score_model.fitted.fill_(True)
     dataset = smac.Replay(64, OBS, ACT, torch.device("cpu"))
     s, a, zeros = np.zeros((64, OBS)), np.ones((64, ACT)), np.zeros(64)
     dataset.add(s, a, zeros, s, zeros)

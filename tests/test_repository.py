@@ -11,8 +11,10 @@ import tomllib
 import counts
 import pytest
 import shared_blocks
-from helpers import ROOT, SCRIPT, load
+from helpers import ROOT, SCRIPT, load, rows_of, run_here
 from shared_blocks import SCRIPTS, halves
+
+import smac_offline_to_online as smac
 
 # Of counts.py. Lower a number where a script has become shorter; where one stands in the way of a
 # reader, the reader wins.
@@ -184,3 +186,15 @@ def test_the_page_on_checkpoints_names_what_is_in_them(reference):
     assert [key for key in state if f"`{key}`" not in text] == []
     known = set(re.findall(r"`([a-z_]+)[.`]", text))
     assert {key.split(".")[0] for key in state["agent"]} - known == set()
+
+
+def test_the_checkpoint_to_look_at_hands_over(tmp_path):
+    """data/hopper-offline.pt, which the README names second."""
+    path = ROOT / "data" / "hopper-offline.pt"
+    assert path.stat().st_size < 4_000_000
+    flags = ["--online-steps", 12, "--warmup-steps", 10, "--eval-every", 10, "--eval-episodes", 1]
+    flags += ["--final-episodes", 1, "--device", "cpu", "--runs-dir", tmp_path]
+    folder = run_here(smac, "--init-from", path, *flags)
+    rows = [row for row in rows_of(folder / "evaluations.csv") if row["phase"] == "online"]
+    assert float(rows[0]["normalized"]) > 85
+    assert load(folder / "last.pt")["args"]["online_kappa"] == "auto"
