@@ -88,7 +88,7 @@ class Args:
     online_batch_size: int = 256
     offline_fraction: float = 0.5  # share of each batch that comes from the dataset (official)
     # run
-    runs_dir: str = "runs"
+    runs_dir: str = "runs"  # where run folders are made
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     threads: int = 1  # of the CPU; matrices this small gain little from more
     compile: bool = False  # torch.compile the updates (a minute; needs a C++ compiler)

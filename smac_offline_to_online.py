@@ -91,20 +91,19 @@ class Args:
     optimizer: Literal["muon", "adam"] = "muon"  # of hidden matrices; the rest is on Adam
     muon_scale: Literal["rms", "spectral"] = "rms"  # as large as Adam's steps (ours); or Jordan's
     # 3. online
-    online_algorithm: Literal["sac", "td3", "td3+bc", "awr"] = "sac"
+    online_algorithm: Literal["sac", "td3", "td3+bc", "awr"] = "sac"  # after the hand-over
     online_steps: int = 200_000  # environment steps, warm start included; 0: stop before phase 3
     warmup_steps: int = 5_000  # first steps: the pretrained policy collects, nothing learns
     online_batch_size: int = 1024
     offline_fraction: float = 0.5  # share of each batch that comes from the dataset
     online_lr_scale: float = 1.0  # critics' and policy's rates, relative to offline (ours)
-    online_kappa: float | Literal["auto"] = "auto"  # weight of score matching; 0: none, the paper's
-    # auto: learned, so that the critics keep their cosine with the score (ours, docs/smac.md)
+    online_kappa: float | Literal["auto"] = "auto"  # kappa online; 0: paper; auto: learned (ours)
     backup_entropy: bool = False  # sac: entropy in the TD target
     awr_temperature: float = 0.4  # awr: weight exp(awr_temperature * advantage)
     bc_weight: float = 5.0  # td3+bc: weight of imitation
     exploration_noise: float = 0.1  # td3, td3+bc: deviation (TD3)
     # run
-    runs_dir: str = "runs"
+    runs_dir: str = "runs"  # where run folders are made
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     threads: int = 1  # of the CPU; matrices this small gain little from more
     compile: bool = False  # torch.compile the updates (a minute; needs a C++ compiler)
