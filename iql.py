@@ -531,7 +531,7 @@ def load_dataset(name: str, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]
     only_state = data["ends"] & ~data["terminals"]  # an episode ends with one, or in a terminal
     data["next_observations"] = np.concatenate([s[1:], s[-1:]])
     data["next_observations"][data["ends"]] = s[data["ends"]]
-    data["last"] = data["terminals"] | np.append(only_state[1:], True)
+    data["last"] = data["terminals"] | np.append(only_state[1:], True)  # for cal_ql.py
     return {name: column[~only_state] for name, column in data.items()}
 
 
@@ -601,6 +601,7 @@ class TaskEnv(gym.Wrapper):
     def step(self, action: np.ndarray):
         obs, reward, terminated, truncated, info = self.env.step(action)
         if self.task.goals:  # the reward is the number of goals reached, not the environment's
+            # adroit: success, 0 or 1; kitchen: how many tasks are completed
             reward = info.get("success", len(info.get("episode_task_completions", ())))
             terminated = reward == self.task.goals
         self.obs = self.observe(obs)

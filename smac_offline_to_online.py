@@ -16,8 +16,9 @@ Pretrain an actor-critic on a fixed dataset, so that online RL goes on from it w
             trajectory's return, min-max scaled, k the noise level. The score of good actions is
             score(s, a) = -eps(s, a, w=1, k=1) = sigma_1 grad_a log p_1(a | s, w=1).
 2. offline: SAC whose critics also follow that score,
-            E (Q(s, a) - y)^2 + kappa E || grad_a Q(s, b) - alpha score(s, b) ||^2;
-            a is the dataset's action, b half the policy's, half uniform, alpha a slope.
+            E (Q(s, a) - y)^2 + kappa E || grad_b Q(s, b) - alpha score(s, b) ||^2;
+            a is the dataset's action, b half the policy's, half uniform. alpha says how steeply Q
+            falls away from the data; it is not SAC's temperature.
 3. online:  the hand-over: a plain online algorithm (SAC, TD3, TD3+BC or AWR) takes the critics, the
             running average of the policy and the optimisers, and learns on. Q already falls away
             from the data: nothing to unlearn. By default score matching stays on, with a learned
@@ -62,7 +63,7 @@ class Args:
     init_from: str | None = None  # offline.pt of this script, or of a baseline's: only phase 3
     resume: str | None = None  # run folder: go on exactly where its last.pt stands
     seed: int = 0  # of networks, batches, exploration and episodes
-    # 1. score. No source named: the paper's, for locomotion (Tables 6, 7). WSRL: arXiv 2412.07762
+    # 1. score. In 1 to 3, no source: the paper's, for locomotion (Tables 6, 7). WSRL: 2412.07762
     score_steps: int = 1_000_000  # updates of the diffusion model
     score_batch_size: int = 512
     score_lr: float = 3e-4  # Adam, cosine decay to 0 (IDQL's code)
@@ -81,7 +82,7 @@ class Args:
     critic_lr: float = 3e-4  # of Muon and Adam alike
     policy_lr: float = 1e-4
     temperature_lr: float = 1e-4  # (WSRL)
-    target_entropy_scale: float = -10.0  # of one action dimension; SAC's is -1
+    target_entropy_scale: float = -10.0  # of one action dimension: sigma near 1e-5. SAC: -1
     gamma: float = 0.99
     tau: float = 0.005  # rate of the target networks
     policy_average_rate: float = 0.001  # of the averaged policy (ours); 1: no averaging
@@ -230,6 +231,7 @@ class Critics(nn.Module):
         """grad_a Q_i(s, a), (N, B, a): autograd.grad(q.sum(), a, create_graph=True), but with the
         chain rule written out, so that its own gradient takes one backward pass and not two."""
         layers = self.hidden_layers(s, a)
+        # (N, B, h); relu's slope has no gradient of its own, as in autograd
         slopes = [1 - h * h if self.tanh else (h > 0).to(h.dtype) for h in layers]
         g = self.weights[-1] * slopes[-1]  # (N, B, h): by the last hidden layer's input
         for W, slope in zip(reversed(self.weights[1:-1]), reversed(slopes[:-1])):
@@ -348,8 +350,9 @@ class Agent(nn.Module):
         self.log_temperature = nn.Parameter(torch.zeros(()))  # SAC's weight of the entropy
         self.alpha_net = mlp([obs_dim, 256, 256]).append(linear(256, 1))  # --alpha-mode learned
         self.register_buffer("q_scale", torch.zeros(()))  # running mean |y|: alpha grows from 0
-        self.register_buffer("online_kappa", torch.tensor(args.kappa or 1.0))  # auto's, at first
-        self.register_buffer("cosine_bound", torch.zeros(()))
+        # --online-kappa auto starts at kappa, that of the run which pretrained
+        self.register_buffer("online_kappa", torch.tensor(args.kappa or 1.0))
+        self.register_buffer("cosine_bound", torch.zeros(()))  # what it keeps, see bound_cosine
         # Muon takes the matrices between hidden layers, not the first and not the head
         critic_matrices = self.critic.weights[1:-1]
         policy_matrices = [layer.weight for layer in self.policy.trunk[2::2]]
@@ -384,8 +387,10 @@ class Agent(nn.Module):
                 target = self.td_target(batch, a_next, bonus)
         if args.online_kappa == "auto":
             metrics = self.critic_update(batch, target, self.online_kappa)
-            # a Lagrange multiplier, as SAC's temperature: it rises where the cosine is too low
+            # a Lagrange multiplier, as SAC's temperature: it rises where the cosine is too low.
+            # Rate 0.01 and the limits are ours
             self.online_kappa.mul_((0.01 * (self.cosine_bound - metrics["cosine_batch"])).exp())
+            self.online_kappa.clamp_(1e-3, 1e3)
             metrics["online_kappa"] = self.online_kappa.clone()
         else:
             metrics = self.critic_update(batch, target, args.online_kappa)
@@ -434,7 +439,7 @@ class Agent(nn.Module):
             a = torch.cat([a_policy, a_uniform])
             score = self.score_model.score(s, a)
         alpha = self.args.alpha_scale * self.q_scale
-        if self.args.alpha_mode == "learned":  # the critics' gradient does not pass through it
+        if self.args.alpha_mode == "learned":  # descend() moves one optimiser's parameters only
             alpha = self.alpha_net(self.score_model.normalize(s))
         gradient = self.critic.action_gradient(s, a)
         loss = (gradient - alpha * score).square().sum(-1).mean()
@@ -498,7 +503,7 @@ class Agent(nn.Module):
     def cosines(self, dataset: "Replay", replay: "Replay") -> dict[str, Tensor]:
         """Cosine of grad_a Q and the score (App. F): 1 is parallel, 0 unrelated. At the dataset's
         states with the data's, the policy's and uniform actions; at collected states with the
-        policy's. A good pretraining ends above 0.4. A hand-over that fails loses the last first."""
+        policy's, which is what a failing hand-over loses first (docs/smac.md)."""
         if not self.score_model.fitted:
             return {}
         batch = dataset.unpack(dataset.sample(256))
@@ -518,7 +523,8 @@ class Agent(nn.Module):
     def bound_cosine(self, dataset: "Replay", replay: "Replay") -> None:
         """--online-kappa auto: the cosine at the hand-over, on states like those of the batches, is
         what the critics shall keep."""
-        rows = torch.cat([replay.sample(1000), dataset.sample(1000)])
+        from_dataset = round(2000 * self.args.offline_fraction)
+        rows = torch.cat([replay.sample(2000 - from_dataset), dataset.sample(from_dataset)])
         s = dataset.unpack(rows).s
         self.cosine_bound.copy_(self.cosine(s, self.policy.sample(s)[0]))
 
@@ -588,6 +594,8 @@ def main() -> None:
     # phase 1 trains `model`; agent.score_model, which phases 2 and 3 use, is its running average
     model = copy.deepcopy(agent.score_model).train().requires_grad_(True)
     fit = Muon([], model.parameters())  # Adam; its rate is set at every step
+    # Phase 1 is not needed where nothing uses a score, or where --init-from (above) or --resume
+    # (in Run, below; so it is asked again there) has brought a fitted one
     matches_score = pretrains and args.kappa > 0
     has_score = matches_score or agent.score_model.fitted or args.resume  # --resume: settled then
     if args.online_kappa == "auto" and not has_score:
@@ -602,7 +610,7 @@ def main() -> None:
     run = Run(args, task, networks, dict(model=model, fit=fit, replay=replay, env=env))
 
     # ---- phase 1: the score of the dataset's actions
-    needs_score = needs_score and not agent.score_model.fitted  # --resume has loaded it only now
+    needs_score = needs_score and not agent.score_model.fitted
     for step in run.steps("score", args.score_steps if needs_score else 0):
         decay = 0.5 * (1 + math.cos(math.pi * step / args.score_steps))
         set_lr(fit, args.score_lr * decay)
@@ -659,6 +667,7 @@ def main() -> None:
                 agent.bound_cosine(dataset, replay)
             collected = replay.sample(args.online_batch_size - from_dataset)
             rows = torch.cat([collected, dataset.sample(from_dataset)])
+            # shuffled: score matching gives the first half the policy's actions
             batch = dataset.unpack(rows[torch.randperm(len(rows), device=device)])
             metrics = agent.online_update(batch, policy_turn=run.due(2))
             if run.due(args.log_every):
@@ -843,7 +852,7 @@ def load_dataset(name: str, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]
     only_state = data["ends"] & ~data["terminals"]  # an episode ends with one, or in a terminal
     data["next_observations"] = np.concatenate([s[1:], s[-1:]])
     data["next_observations"][data["ends"]] = s[data["ends"]]
-    data["last"] = data["terminals"] | np.append(only_state[1:], True)
+    data["last"] = data["terminals"] | np.append(only_state[1:], True)  # for cal_ql.py
     return {name: column[~only_state] for name, column in data.items()}
 
 
@@ -913,6 +922,7 @@ class TaskEnv(gym.Wrapper):
     def step(self, action: np.ndarray):
         obs, reward, terminated, truncated, info = self.env.step(action)
         if self.task.goals:  # the reward is the number of goals reached, not the environment's
+            # adroit: success, 0 or 1; kitchen: how many tasks are completed
             reward = info.get("success", len(info.get("episode_task_completions", ())))
             terminated = reward == self.task.goals
         self.obs = self.observe(obs)
