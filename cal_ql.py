@@ -755,7 +755,7 @@ class Run:
 
     def __init__(self, args: Args, task: Task, networks: dict, rest: dict):
         self.args, self.task, self.networks, self.state = args, task, networks, networks | rest
-        self.config = asdict(args) | dict(resume=None)
+        self.config = dict(asdict(args), resume=None)
         self.device = torch.device(args.device)
         self.done: dict[str, int] = {}  # steps of each phase so far
         self.start = time.time()
@@ -791,10 +791,10 @@ class Run:
                 self.path = self.path.with_name(self.path.name + "b")
         folder = shlex.quote(str(Path(__file__).resolve().parent))
         commit = os.popen(f"git -C {folder} describe --always --dirty=+ 2>{os.devnull}").read()
-        about = dict(algorithm=ALGORITHM, command=sys.argv, torch=torch.__version__)
-        about["commit"] = commit.strip()  # with a + where files differ from it
-        config = json.dumps(self.config | about | dict(task=self.task._asdict()), indent=1)
-        (self.path / "config.json").write_text(config)
+        # the commit has a + where files differ from it
+        about = dict(algorithm=ALGORITHM, command=sys.argv, commit=commit.strip())
+        about.update(self.config, torch=torch.__version__, task=self.task._asdict())
+        (self.path / "config.json").write_text(json.dumps(about, indent=1))
         (self.path / "metrics.csv").write_text("step,phase,name,value\n")
         (self.path / "evaluations.csv").write_text("step,phase,episode,return,length,normalized\n")
         shutil.copy(__file__, self.path)
@@ -866,8 +866,8 @@ class Run:
         for parameter, value in saved["agent"].items():
             if not value.isfinite().all():
                 self.exit_not_finite(parameter)
-        saved |= dict(format="smac-checkpoint-2", algorithm=ALGORITHM, args=self.config)
-        saved |= dict(task=self.task._asdict(), done=self.done, seconds=time.time() - self.start)
+        saved.update(format="smac-checkpoint-2", algorithm=ALGORITHM, args=self.config)
+        saved.update(task=self.task._asdict(), done=self.done, seconds=time.time() - self.start)
         saved["rng"] = torch.get_rng_state()
         if self.device.type == "cuda":
             saved["cuda_rng"] = torch.cuda.get_rng_state(self.device)

@@ -420,7 +420,7 @@ class Agent(nn.Module):
         loss = td_loss
         if isinstance(kappa, Tensor) or kappa > 0:  # a tensor is never 0
             sm_loss, alpha, cosine = self.score_matching_loss(batch.s)
-            metrics |= dict(sm_loss=sm_loss, alpha=alpha.mean(), cosine_batch=cosine)
+            metrics.update(sm_loss=sm_loss, alpha=alpha.mean(), cosine_batch=cosine)
             loss = td_loss + kappa * sm_loss
         descend(loss, self.optimizers["critic"])
         return detached(metrics)
@@ -583,6 +583,8 @@ def main() -> None:
         dataset = dataset_replay(data, task, device)
         s, a = dataset.unpack(dataset.rows)[:2]
         w = torch.as_tensor(min_max(data["returns"]), dtype=torch.float32, device=device)
+        if not args.score_return:
+            w.fill_(1)
         agent.score_model.normalize.fit(s)
         if args.normalize_observations:
             policies = agent.policy, agent.policy_average, agent.policy_target
@@ -615,7 +617,7 @@ def main() -> None:
         decay = 0.5 * (1 + math.cos(math.pi * step / args.score_steps))
         set_lr(fit, args.score_lr * decay)
         i = torch.randint(len(s), (args.score_batch_size,), device=device)
-        loss = model.loss(s[i], a[i], w[i] if args.score_return else torch.ones_like(w[i]))
+        loss = model.loss(s[i], a[i], w[i])
         descend(loss, fit)
         follow(agent.score_model, model, max(1e-3, 1 / (step + 1)))  # IDQL's, faster at the start
         agent.score_model.fitted.fill_(step + 1 == args.score_steps)
@@ -1002,7 +1004,7 @@ class Run:
 
     def __init__(self, args: Args, task: Task, networks: dict, rest: dict):
         self.args, self.task, self.networks, self.state = args, task, networks, networks | rest
-        self.config = asdict(args) | dict(resume=None)
+        self.config = dict(asdict(args), resume=None)
         self.device = torch.device(args.device)
         self.done: dict[str, int] = {}  # steps of each phase so far
         self.start = time.time()
@@ -1038,10 +1040,10 @@ class Run:
                 self.path = self.path.with_name(self.path.name + "b")
         folder = shlex.quote(str(Path(__file__).resolve().parent))
         commit = os.popen(f"git -C {folder} describe --always --dirty=+ 2>{os.devnull}").read()
-        about = dict(algorithm=ALGORITHM, command=sys.argv, torch=torch.__version__)
-        about["commit"] = commit.strip()  # with a + where files differ from it
-        config = json.dumps(self.config | about | dict(task=self.task._asdict()), indent=1)
-        (self.path / "config.json").write_text(config)
+        # the commit has a + where files differ from it
+        about = dict(algorithm=ALGORITHM, command=sys.argv, commit=commit.strip())
+        about.update(self.config, torch=torch.__version__, task=self.task._asdict())
+        (self.path / "config.json").write_text(json.dumps(about, indent=1))
         (self.path / "metrics.csv").write_text("step,phase,name,value\n")
         (self.path / "evaluations.csv").write_text("step,phase,episode,return,length,normalized\n")
         shutil.copy(__file__, self.path)
@@ -1113,8 +1115,8 @@ class Run:
         for parameter, value in saved["agent"].items():
             if not value.isfinite().all():
                 self.exit_not_finite(parameter)
-        saved |= dict(format="smac-checkpoint-2", algorithm=ALGORITHM, args=self.config)
-        saved |= dict(task=self.task._asdict(), done=self.done, seconds=time.time() - self.start)
+        saved.update(format="smac-checkpoint-2", algorithm=ALGORITHM, args=self.config)
+        saved.update(task=self.task._asdict(), done=self.done, seconds=time.time() - self.start)
         saved["rng"] = torch.get_rng_state()
         if self.device.type == "cuda":
             saved["cuda_rng"] = torch.cuda.get_rng_state(self.device)

@@ -29,14 +29,19 @@ def docstring_lines(tree: ast.AST) -> set[int]:
     return lines
 
 
-def is_dict_union(node: ast.AST) -> bool:
-    """a | b or a |= b, but not a type as in `str | None`."""
-    if isinstance(node, ast.AugAssign):
-        return isinstance(node.op, ast.BitOr)
-    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.BitOr):
-        return False
-    is_type = isinstance(node.right, ast.Constant) or isinstance(node.left, ast.Constant)
-    return not is_type and getattr(node.right, "id", "") not in ("float", "int", "str", "None")
+def annotations(tree: ast.AST) -> set[ast.AST]:
+    """All nodes of type annotations, where | is no union of dicts."""
+    nodes = set()
+    for node in ast.walk(tree):
+        for name in ("annotation", "returns"):
+            if getattr(node, name, None) is not None:
+                nodes |= set(ast.walk(getattr(node, name)))
+    return nodes
+
+
+def is_dense(node: ast.AST) -> bool:
+    is_union = isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.BitOr)
+    return is_union or isinstance(node, DENSE)
 
 
 def counts(script: Path) -> dict[str, float]:
@@ -51,7 +56,7 @@ def counts(script: Path) -> dict[str, float]:
     lines = text.splitlines()
     banner = next((i for i, line in enumerate(lines) if line.startswith(BANNER)), len(lines))
     network = next((i for i, line in enumerate(lines, 1) if "(nn.Module)" in line), 0)
-    dense = sum(isinstance(node, DENSE) or is_dict_union(node) for node in ast.walk(tree))
+    dense = sum(map(is_dense, set(ast.walk(tree)) - annotations(tree)))
     return dict(
         lines=len(lines),
         shared=len(lines) - banner,

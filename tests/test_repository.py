@@ -19,7 +19,7 @@ import smac_offline_to_online as smac
 # Of counts.py. Lower a number where a script has become shorter; where one stands in the way of a
 # reader, the reader wins.
 CEILINGS = {
-    "smac_offline_to_online.py": dict(lines=1190, shared=470, network=185, tokens=13, dense=55),
+    "smac_offline_to_online.py": dict(lines=1186, shared=470, network=185, tokens=13, dense=45),
     "cal_ql.py": dict(lines=940, shared=470, network=160, tokens=13, dense=35),
     "iql.py": dict(lines=870, shared=470, network=160, tokens=13, dense=35),
     "td3_bc.py": dict(lines=840, shared=470, network=160, tokens=13, dense=35),
