@@ -71,7 +71,7 @@ class Args:
     by: tuple[str, ...] = ()  # flags that make different groups; all: those that differ in a group
     name: str = ""  # the experiment's; with one --by is all if not given
     # Packed experiments that get figures: those that pages show
-    figures: tuple[str, ...] = ("table-1", "baselines")
+    figures: tuple[str, ...] = ("table-1", "baselines", "handover")
     collect: bool = False  # packs run folders into tables in --out, default docs/results
     machine: str = ""  # of --collect: what the runs ran on
 
