@@ -110,8 +110,11 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
 
     def load_state_dict(self, state_dict: dict) -> None:
+        scales = [group["scale"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group in self.param_groups:  # torch moves the state to its device, but not this
+        for group, scale in zip(self.param_groups, scales):
+            group["scale"] = scale  # the constructor's, a flag, and not the checkpoint's
+            # torch moves the state to its device, but not this
             group["lr"] = group["lr"].to(group["params"][0].device)
 
     @torch.no_grad()

@@ -188,3 +188,12 @@ def test_bfloat16_is_used_where_it_is_fast_and_stays_inside(monkeypatch):
     rough = orthogonalize(G)
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, rtol=0, atol=0.1)
+
+
+def test_a_loaded_state_keeps_the_scale_of_the_constructor():
+    """--init-from with another --muon-scale."""
+    (saved,), (loaded,) = parameters((4, 6)), parameters((4, 6))
+    state = Muon([saved], scale="rms").state_dict()
+    optimizer = Muon([loaded], scale="spectral")
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["scale"] == "spectral"
