@@ -940,7 +940,7 @@ class TaskEnv(gym.Wrapper):
         return np.asarray(obs, np.float32)
 
     def normalized_return(self) -> float:
-        """D4RL's normalized score of the episode: 100 is an expert, or all goals reached."""
+        """The episode's, in percent: 100 is an expert's (D4RL), or all goals reached."""
         result = self.rewards[-1] if self.task.goals else sum(self.rewards)
         return 100 * (result - self.task.return_0) / (self.task.return_100 - self.task.return_0)
 
