@@ -11,6 +11,7 @@ import tomllib
 import counts
 import pytest
 import shared_blocks
+import torch
 from helpers import ROOT, SCRIPT, load, rows_of, run_here
 from shared_blocks import SCRIPTS, halves
 
@@ -198,3 +199,17 @@ def test_the_checkpoint_to_look_at_hands_over(tmp_path):
     rows = [row for row in rows_of(folder / "evaluations.csv") if row["phase"] == "online"]
     assert float(rows[0]["normalized"]) > 85
     assert load(folder / "last.pt")["args"]["online_kappa"] == "auto"
+
+
+def test_the_snippets_of_docs_copy_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "copy.md").read_text()
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(snippet, names)  # as a reader would, one after another
+    saved = load(ROOT / "data" / "hopper-offline.pt")
+    agent = smac.Agent(11, 3, smac.Args(**saved["args"]))
+    agent.load_state_dict(saved["agent"])
+    s = torch.randn(11)
+    torch.testing.assert_close(names["act"](s), agent.policy_average.mode(s[None])[0])
+    assert names["metrics"]["sm_loss"].isfinite()
