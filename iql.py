@@ -740,7 +740,7 @@ class Run:
             self.step = step  # for due() and log()
             self.done[phase] = self.step + 1  # what is saved or logged during a step counts it
             yield step
-            if self.args.keep_every and self.due(self.args.keep_every):
+            if self.due(self.args.keep_every):
                 self.save(f"{phase}-{step + 1}.pt", self.networks)
             if self.due(self.args.checkpoint_every) or step + 1 == n or self.signal:
                 self.save("last.pt", self.state)
@@ -749,7 +749,7 @@ class Run:
                 sys.exit(128 + self.signal)
 
     def due(self, every: int) -> bool:
-        return (self.step + 1) % every == 0
+        return every > 0 and (self.step + 1) % every == 0
 
     def log(self, metrics: dict) -> None:
         metrics = {name: float(value) for name, value in metrics.items()}

@@ -469,3 +469,11 @@ def test_runs_that_begin_in_one_second_get_folders_of_their_own(dataset, tmp_pat
     flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--online-steps", 0, "--kappa", 0]
     folders = [run_here(smac, *FEW, *flags, "--offline-steps", 1) for _ in range(2)]
     assert [p.name for p in folders] == ["hopper__smac__0__now", "hopper__smac__0__nowb"]
+
+
+def test_every_0_steps_is_never(dataset, tmp_path):
+    never = ["--eval-every", 0, "--checkpoint-every", 0, "--log-every", 0]
+    folder = run_here(smac, *FEW, *never, "--dataset", dataset, "--runs-dir", tmp_path)
+    steps = [(row["phase"], row["step"]) for row in rows_of(folder / "evaluations.csv")]
+    assert {phase for phase, step in steps if step != "0"} == {"final"}
+    assert (folder / "last.pt").exists() and (folder / "curve.png").exists()
