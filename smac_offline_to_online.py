@@ -39,6 +39,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -50,6 +51,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from farama_notifications import notifications
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -159,6 +161,7 @@ PRESETS = {
 }
 # fmt: on
 ALGORITHM = "smac"  # in run folders and checkpoints
+PHASES = dict(score="1/3 score model", offline="2/3 offline updates", online="3/3 online steps")
 # Flags that --init-from takes over from another script's file, where it has them
 NETWORK_ARGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "gamma")
 NETWORK_ARGS += ("score_hidden", "score_blocks", "score_condition_hidden", "optimizer")
@@ -740,15 +743,17 @@ def parse_args() -> tuple[Args, "Task"]:
     task = read_task(find_dataset(given.dataset))
     preset = given.preset
     if preset == "auto":
-        preset = task.family
+        preset = task.family if task.family in PRESETS else "paper"
         if Path(given.dataset).stem == "hopper-embedded":
             preset = "small"
         if given.offline_steps == 0 and not given.init_from:
             preset = "from-scratch"
     elif preset not in PRESETS:
         sys.exit(f"error: there is no preset {preset}, but auto, {', '.join(PRESETS)}.")
-    default = replace(default, **(PRESETS.get(preset, {}) | kept))  # locomotion, other: none
-    return tyro.cli(Args, default=default, description=__doc__), task
+    default = replace(default, **(PRESETS.get(preset, {}) | kept))
+    args = tyro.cli(Args, default=default, description=__doc__)
+    print_flags(f"{Path(args.dataset).stem}, preset {preset}", default, args)
+    return args, task
 
 
 def parse_resume(folder: str) -> tuple[Args, "Task"]:
@@ -757,6 +762,7 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
         sys.exit(f"error: {folder} is a run of {saved['algorithm']}: resume it with that script.")
     default = replace(Args(**saved["args"]), resume=folder)
     args = tyro.cli(Args, default=default, description=__doc__)
+    print_flags("resumed", default, args)
     phase, done = list(saved["done"].items())[-1]
     for name, was in saved["args"].items():
         may_change = name in RESUME_MAY_CHANGE or name == f"{phase}_steps"
@@ -767,7 +773,17 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
     return args, Task(**saved["task"])
 
 
+def print_flags(start: str, default: Args, args: Args) -> None:
+    """One paragraph: `start`, and the flags that differ from the defaults."""
+    before = asdict(default)
+    flags = [f"{name} {x}" for name, x in asdict(args).items() if x != before[name]]
+    width = shutil.get_terminal_size().columns
+    print(textwrap.fill(", ".join([start, *flags]), width, break_on_hyphens=False))
+
+
 def set_up(args: Args) -> torch.device:
+    if min(args.eval_episodes, args.final_episodes) < 1:
+        sys.exit("error: --eval-episodes and --final-episodes have to be 1 or more.")
     if args.track and importlib.util.find_spec("wandb") is None:
         sys.exit("error: --track needs Weights & Biases: pip install wandb.")
     torch.manual_seed(args.seed)
@@ -911,7 +927,11 @@ class TaskEnv(gym.Wrapper):
 
     def __init__(self, task: Task, **kwargs):
         kwargs = task.env_kwargs | kwargs
-        env = gym.make(task.env_id, max_episode_steps=task.max_episode_steps, **kwargs)
+        notifications.pop("gymnasium_robotics", None)  # of dense rewards, which no task has
+        try:
+            env = gym.make(task.env_id, max_episode_steps=task.max_episode_steps, **kwargs)
+        except (gym.error.Error, ImportError) as error:
+            sys.exit(f"error: the dataset's environment, {task.env_id}, cannot be made: {error}")
         super().__init__(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
         self.task = task
 
@@ -1002,8 +1022,9 @@ class Run:
     `steps` walks through a phase. last.pt holds all of `state`, the random generator and the length
     of the tables: a run killed at any moment and resumed ends bit for bit like one that was not."""
 
-    def __init__(self, args: Args, task: Task, networks: dict, rest: dict):
+    def __init__(self, args: Args, task: Task, networks: dict, rest: dict, label=ALGORITHM):
         self.args, self.task, self.networks, self.state = args, task, networks, networks | rest
+        self.label = label  # in the folder's name
         self.config = dict(asdict(args), resume=None)
         self.device = torch.device(args.device)
         self.done: dict[str, int] = {}  # steps of each phase so far
@@ -1029,7 +1050,7 @@ class Run:
         print(self.path, flush=True)
 
     def make_folder(self) -> None:
-        name = f"{Path(self.args.dataset).stem}__{ALGORITHM}__{self.args.seed}"
+        name = f"{Path(self.args.dataset).stem}__{self.label}__{self.args.seed}"
         name += time.strftime("__%Y%m%d-%H%M%S")
         self.path = Path(self.args.runs_dir).expanduser() / name
         while True:
@@ -1059,7 +1080,8 @@ class Run:
         """The phase's remaining steps, with checkpoints on the way and at its end. Ctrl-C and
         SIGTERM end the run after a step, with a checkpoint."""
         self.phase, first = phase, self.done.get(phase, 0)
-        for step in tqdm(range(first, n), phase, total=n, initial=first, disable=first >= n):
+        bar = dict(desc=PHASES[phase], total=n, initial=first, disable=first >= n)
+        for step in tqdm(range(first, n), **bar):
             self.step = step  # for due() and log()
             self.done[phase] = self.step + 1  # what is saved or logged during a step counts it
             yield step

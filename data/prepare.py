@@ -38,7 +38,10 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import tyro
+from farama_notifications import notifications
 from tqdm import tqdm
+
+notifications.pop("gymnasium_robotics", None)  # of dense rewards, printed at every import
 
 FORMAT = "smac-dataset-1"
 FOLDER = Path(__file__).resolve().parent

@@ -103,7 +103,7 @@ def run_here(main_module, *flags) -> Path:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     print(out.getvalue())  # for capsys, and where a test fails
-    return next(Path(line) for line in out.getvalue().splitlines() if Path(line).is_dir())
+    return [Path(line) for line in out.getvalue().splitlines() if Path(line).is_dir()][-1]
 
 
 def start(*command) -> subprocess.Popen:

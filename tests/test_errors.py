@@ -30,6 +30,8 @@ def bad(dataset, reference, tmp_path_factory):
     prepared_file(folder / "sizes.hdf5", WALKER)
     walker = dict(env_id="Walker2d-v5", return_0=1.629008, return_100=4592.3)
     prepared_file(folder / "walker.hdf5", WALKER, **walker)
+    prepared_file(folder / "gone.hdf5", WALKER, env_id="NoSuchRobot-v0")
+    prepared_file(folder / "module.hdf5", WALKER, env_id="no_such_module:Robot-v0")
     prepared_file(folder / "empty.hdf5", {name: x[:0] for name, x in WALKER.items()})
     (folder / "truncated.hdf5").write_bytes(dataset.read_bytes()[:-1000])
     (folder / "text.hdf5").write_text("no data")
@@ -55,6 +57,8 @@ CASES = [
     ("--dataset {bad}/truncated.hdf5", "truncated.hdf5 is not a whole HDF5 file"),
     ("--dataset {bad}/empty.hdf5", "empty.hdf5 only describes an environment; --offline-steps 0"),
     ("--dataset {bad}/sizes.hdf5", "sizes.hdf5 does not fit its environment"),
+    ("--dataset {bad}/gone.hdf5", "environment, NoSuchRobot-v0, cannot be made"),
+    ("--dataset {bad}/module.hdf5", "environment, no_such_module:Robot-v0, cannot be made"),
     # checkpoint
     ("--init-from {bad}/nowhere.pt", "there is no {bad}/nowhere.pt"),
     ("--init-from {bad}/text.pt", "text.pt; no checkpoint of these scripts"),
@@ -73,6 +77,8 @@ CASES = [
     ("--resume {reference}/last.pt", "there is no {reference}/last.pt/last.pt"),
     # flags and machine
     ("--preset hopper", "no preset hopper; auto; paper; small; from-scratch"),
+    ("--dataset {dataset} --eval-episodes 0", "--eval-episodes; have to be 1 or more"),
+    ("--dataset {dataset} --final-episodes 0", "--final-episodes have to be 1 or more"),
     ("--dataset {dataset} --score-steps 0", "no score to match; --score-steps; no kappa"),
     ("--offline-steps 0 --online-kappa 1", "no score to match; dataset"),
     ("--dataset {dataset} --device tpu", "--device tpu cannot be used here; --device cpu"),

@@ -431,6 +431,33 @@ def test_every_preset_names_real_flags_with_values_of_their_type():
             assert type(value) in kinds, (name, flag)
 
 
+def test_the_start_prints_the_flags_that_differ_fitted_to_the_terminal(
+    dataset, tmp_path, reference, monkeypatch, capsys
+):
+    """And no other flag: neither the preset's nor the checkpoint's."""
+    monkeypatch.setenv("COLUMNS", "60")
+    parse("--seed", 3, "--online-algorithm", "td3", "--kappa", 1)  # 1 is the preset's
+    printed = capsys.readouterr().out
+    assert printed == "hopper-embedded, preset small, seed 3, online_algorithm td3\n"
+    parse("--resume", reference, "--eval-every", 7)
+    assert capsys.readouterr().out == "resumed, eval_every 7\n"
+    path = reference / "offline.pt"
+    parse("--init-from", path, "--tau", 0.5, "--gamma", 0.9, "--online-kappa", 2)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 60 < len(printed)
+    text = "".join(printed.split())  # a path that is too long is broken
+    assert text.startswith("hopper,presetpaper,init_from/")
+    assert text.endswith("offline.pt,gamma0.9,tau0.5,online_kappa2.0")
+
+
+def test_bars_say_which_phase_it_is_and_evaluations_their_bracket(dataset, tmp_path, capsys):
+    run_here(smac, *FEW, "--dataset", dataset, "--runs-dir", tmp_path)
+    bars = capsys.readouterr()
+    for name in ("1/3 score model", "2/3 offline updates", "3/3 online steps"):
+        assert name in bars.err
+    assert re.search(r"online +0 +normalized return .*\(episodes .* to .*\)", bars.out + bars.err)
+
+
 def test_home_is_found_in_every_path(reference, dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(dataset.parent))
     args, _ = parse("--dataset", f"~/{dataset.name}", "--runs-dir", "~/runs")
