@@ -1,12 +1,12 @@
 """The paper's identity check (App. F): does a critic's action gradient follow the data's score?
 
-    python experiments/identity.py SMAC/offline.pt IQL/offline.pt --score SMAC/offline.pt
-    python experiments/identity.py runs/NAME/*.pt --score runs/NAME/offline.pt --out identity.csv
+    python experiments/identity.py runs/NAME/offline.pt runs/NAME/last.pt --out identity.csv
+    python experiments/identity.py SMAC/offline.pt IQL/offline.pt
 
-A baseline fits no score model, so all checkpoints are held against the one of --score, which a run
-of smac_offline_to_online.py has fitted to the same dataset. Prints, and with --out writes, the mean
-cosine between grad_a Q (mean over the critics) and score(s, a) on the dataset's actions, on samples
-of the checkpoint's own policy and on uniform actions.
+A baseline fits no score model, so all checkpoints are held against one, the first's or that of
+--score, which a run of smac_offline_to_online.py has fitted to the same dataset. Prints, and with
+--out writes, the mean cosine between grad_a Q (mean over the critics) and score(s, a) on the
+dataset's actions, on samples of the checkpoint's own policy and on uniform actions.
 """
 
 import csv
@@ -26,7 +26,7 @@ import smac_offline_to_online as smac
 @dataclass
 class Args:
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]  # of any of the four scripts
-    score: Path = tyro.MISSING  # a checkpoint of smac_offline_to_online.py with a score model
+    score: Path | None = None  # a checkpoint with a score model; default: the first of the others
     dataset: str | None = None  # default: the one the score was fitted to
     states: int = 5_000  # of the dataset
     seed: int = 0  # of the states and actions
@@ -61,15 +61,16 @@ def cosines(agent: smac.Agent, batch: smac.Batch, seed: int) -> dict[str, float]
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     smac.set_up(smac.Args(device="cpu"))
-    saved = smac.read_checkpoint(args.score)
+    path = args.score or args.checkpoints[0]
+    saved = smac.read_checkpoint(path)
     if not saved["agent"].get("score_model.fitted", False):
-        sys.exit(f"error: {args.score} has no fitted score model: name a SMAC run's offline.pt.")
+        sys.exit(f"error: {path} has no fitted score model: --score names a SMAC run's offline.pt.")
     flags, task = smac.Args(**saved["args"]), smac.Task(**saved["task"])
     obs_dim = len(saved["agent"]["policy.normalize.mean"])
     act_dim = len(saved["agent"]["policy.head.bias"]) // 2
     data = smac.load_dataset(args.dataset or flags.dataset, obs_dim, act_dim)
     dataset = smac.dataset_replay(data, task, torch.device("cpu"))
-    score_model = read_agent(args.score, dataset, flags).score_model
+    score_model = read_agent(path, dataset, flags).score_model
     order = torch.randperm(dataset.n, generator=torch.Generator().manual_seed(args.seed))
     batch = dataset.unpack(dataset.rows[order[: args.states]])
     lines = []

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -146,3 +147,30 @@ def same(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     return a == b
+
+
+# ---- pages
+TABLE_HEAD = r"command \(after `python (\S+)`\)"
+
+
+def commands(page: Path) -> list[str]:
+    """`python X.py ...` in indented blocks, fences and `code`, but where the paragraph before says
+    that a command belongs to an older commit; and the rows of a table whose head names its
+    commands' beginning."""
+    before, found = "", []
+    for paragraph in re.split(r"\n\s*\n", page.read_text().replace("\\\n", " ")):
+        pattern = r"(?:^\s*(?:\$ )?|`|&& )python (\S+\.py\b[^`\n]*)"
+        if not re.search(r"commit.*\bbelongs\b|\bbelongs\b.*commit", before, re.S):
+            found += re.findall(pattern, re.sub(TABLE_HEAD, "", paragraph), re.M)
+        head = re.search(TABLE_HEAD, paragraph)
+        if head:
+            found += [f"{head[1]} {flags}" for flags in table_commands(paragraph)]
+        before = paragraph
+    return found
+
+
+def table_commands(table: str) -> list[str]:
+    """What stands in `...` in the last column, but for flags by themselves and words for a file."""
+    cells = [row.rstrip("|").split("|")[-1] for row in table.splitlines()[2:]]
+    found = [command for cell in cells for command in re.findall("`([^`]+)`", cell)]
+    return [command for command in found if not command.startswith("--")]

@@ -12,7 +12,7 @@ import counts
 import pytest
 import shared_blocks
 import torch
-from helpers import ROOT, SCRIPT, load, rows_of, run_here
+from helpers import ROOT, SCRIPT, commands, load, rows_of, run_here
 from shared_blocks import SCRIPTS, halves
 
 import smac_offline_to_online as smac
@@ -126,18 +126,6 @@ def test_copies_are_rewritten_from_one_script(tmp_path, monkeypatch):
 
 
 # ---- pages
-def commands(page):
-    """`python X.py ...` in indented blocks, fences and `code`, but where the paragraph before says
-    that a command belongs to an older commit."""
-    before, found = "", []
-    for paragraph in re.split(r"\n\s*\n", page.read_text().replace("\\\n", " ")):
-        pattern = r"(?:^\s*(?:\$ )?|`|&& )python (\S+\.py\b[^`\n]*)"
-        if not re.search(r"commit.*\bbelongs\b|\bbelongs\b.*commit", before, re.S):
-            found += re.findall(pattern, paragraph, re.M)
-        before = paragraph
-    return found
-
-
 def known_flags(script) -> set[str]:
     names = re.findall(r"^    (\w+): ", script.read_text(), re.M)  # experiments have several Args
     if script in SCRIPTS:
