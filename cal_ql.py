@@ -10,6 +10,9 @@
     python cal_ql.py --dataset data/mine.hdf5 --calibrate --help    # with its defaults
     python cal_ql.py --init-from runs/NAME/offline.pt               # phase 2 alone
 
+Most runs need only --dataset, --preset (small, small-adroit: for two CPU cores), --seed and
+--calibrate. A default that names no source in brackets is that of WSRL (arXiv 2412.07762).
+
 SAC whose critics are also pushed down on actions that the dataset does not show:
 
 1. offline: E (Q(s, a) - y)^2 + cql_alpha R, where y = r + gamma max_a' min Q'(s', a') and
@@ -63,7 +66,7 @@ class Args:
     init_from: str | None = None  # offline.pt of this script: straight to phase 2
     resume: str | None = None  # run folder: go on exactly where its last.pt stands
     seed: int = 0  # of networks, batches, exploration and episodes
-    # 1. offline. Defaults that name no source are WSRL's CQL for locomotion (zhouzypaul/wsrl)
+    # 1. offline. "official" is Cal-QL's own code
     offline_steps: int = 250_000  # updates
     offline_batch_size: int = 256
     num_critics: int = 2
@@ -527,10 +530,12 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
 
 def print_flags(start: str, default: Args, args: Args) -> None:
     """One paragraph: `start`, and the flags that differ from the defaults."""
-    before = asdict(default)
-    flags = [f"{name} {x}" for name, x in asdict(args).items() if x != before[name]]
+    before, words = asdict(default), [start]
+    for name, value in asdict(args).items():
+        if value != before[name]:
+            words.append(f"{name} {value}")
     width = shutil.get_terminal_size().columns
-    print(textwrap.fill(", ".join([start, *flags]), width, break_on_hyphens=False))
+    print(textwrap.fill(", ".join(words), width, break_on_hyphens=False))
 
 
 def set_up(args: Args) -> torch.device:

@@ -10,6 +10,9 @@
     python iql.py --dataset data/mine.hdf5 --help                          # with its defaults
     python smac_offline_to_online.py --init-from runs/NAME/offline.pt      # on with SAC, TD3, ...
 
+Most runs need only --dataset, --preset (small, small-adroit: for two CPU cores) and --seed. A
+default that names no source in brackets is the SMAC paper's for locomotion (its Table 8).
+
 No action outside the data is ever asked for its value. V is an expectile of Q over the dataset's
 actions, so about the value of the best of them. With u = min_i Q'_i(s, a) - V(s):
 
@@ -63,8 +66,7 @@ class Args:
     init_from: str | None = None  # offline.pt of this script: straight to phase 2
     resume: str | None = None  # run folder: go on exactly where its last.pt stands
     seed: int = 0  # of networks, batches, exploration and episodes
-    # 1. offline. Defaults that name no source are the SMAC paper's for locomotion (its Table 8);
-    # "official" is IQL's own code
+    # 1. offline. "official" is IQL's own code
     offline_steps: int = 250_000  # updates (as SMAC, its Table 7; official: 1_000_000)
     offline_batch_size: int = 256  # (official)
     num_critics: int = 2
@@ -452,10 +454,12 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
 
 def print_flags(start: str, default: Args, args: Args) -> None:
     """One paragraph: `start`, and the flags that differ from the defaults."""
-    before = asdict(default)
-    flags = [f"{name} {x}" for name, x in asdict(args).items() if x != before[name]]
+    before, words = asdict(default), [start]
+    for name, value in asdict(args).items():
+        if value != before[name]:
+            words.append(f"{name} {value}")
     width = shutil.get_terminal_size().columns
-    print(textwrap.fill(", ".join([start, *flags]), width, break_on_hyphens=False))
+    print(textwrap.fill(", ".join(words), width, break_on_hyphens=False))
 
 
 def set_up(args: Args) -> torch.device:

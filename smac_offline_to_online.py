@@ -10,6 +10,10 @@
     python smac_offline_to_online.py --dataset data/mine.hdf5 --help       # flags, for that dataset
     python smac_offline_to_online.py --init-from runs/NAME/offline.pt --online-algorithm td3
 
+Most runs need only --dataset, --preset (small, small-adroit: for two CPU cores), --seed,
+--online-algorithm and --online-kappa. A default that names no source in brackets is the paper's for
+locomotion (Tables 6, 7). WSRL is arXiv 2412.07762, IDQL 2304.10573, REDQ 2101.05982.
+
 Pretrain an actor-critic on a fixed dataset, so that online RL goes on from it without a drop:
 
 1. score:   fit a diffusion model eps(s, a, w, k) of the dataset's actions; w in [0, 1] is the
@@ -65,7 +69,7 @@ class Args:
     init_from: str | None = None  # offline.pt of this script, or of a baseline's: only phase 3
     resume: str | None = None  # run folder: go on exactly where its last.pt stands
     seed: int = 0  # of networks, batches, exploration and episodes
-    # 1. score. In 1 to 3, no source: the paper's, for locomotion (Tables 6, 7). WSRL: 2412.07762
+    # 1. score
     score_steps: int = 1_000_000  # updates of the diffusion model
     score_batch_size: int = 512
     score_lr: float = 3e-4  # Adam, cosine decay to 0 (IDQL's code)
@@ -390,10 +394,10 @@ class Agent(nn.Module):
                 target = self.td_target(batch, a_next, bonus)
         if args.online_kappa == "auto":
             metrics = self.critic_update(batch, target, self.online_kappa)
-            # a Lagrange multiplier, as SAC's temperature: it rises where the cosine is too low.
-            # Rate 0.01 and the limits are ours
+            # a Lagrange multiplier, as SAC's temperature: it rises where the cosine is too low, up
+            # to pretraining's weight. Rate 0.01 and the limits are ours
             self.online_kappa.mul_((0.01 * (self.cosine_bound - metrics["cosine_batch"])).exp())
-            self.online_kappa.clamp_(1e-3, 1e3)
+            self.online_kappa.clamp_(1e-3, args.kappa or 1.0)
             metrics["online_kappa"] = self.online_kappa.clone()
         else:
             metrics = self.critic_update(batch, target, args.online_kappa)
@@ -776,10 +780,12 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
 
 def print_flags(start: str, default: Args, args: Args) -> None:
     """One paragraph: `start`, and the flags that differ from the defaults."""
-    before = asdict(default)
-    flags = [f"{name} {x}" for name, x in asdict(args).items() if x != before[name]]
+    before, words = asdict(default), [start]
+    for name, value in asdict(args).items():
+        if value != before[name]:
+            words.append(f"{name} {value}")
     width = shutil.get_terminal_size().columns
-    print(textwrap.fill(", ".join([start, *flags]), width, break_on_hyphens=False))
+    print(textwrap.fill(", ".join(words), width, break_on_hyphens=False))
 
 
 def set_up(args: Args) -> torch.device:

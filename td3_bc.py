@@ -10,6 +10,9 @@
     python td3_bc.py --dataset data/mine.hdf5 --help                       # with its defaults
     python smac_offline_to_online.py --init-from runs/NAME/offline.pt      # on with SAC, TD3, ...
 
+Most runs need only --dataset, --preset (small, small-adroit: for two CPU cores), --seed and
+--online-bc. A default that names no source in brackets is the authors' (sfujim/TD3_BC).
+
 TD3 (arXiv 1802.09477) whose policy also imitates the batch's actions. With the smoothed target
 action a' = clip(pi'(s') + clip(0.2 xi, -0.5, 0.5), -1, 1) and xi ~ N(0, 1):
 
@@ -62,7 +65,7 @@ class Args:
     init_from: str | None = None  # offline.pt of this script: straight to phase 2
     resume: str | None = None  # run folder: go on exactly where its last.pt stands
     seed: int = 0  # of networks, batches, exploration and episodes
-    # 1. offline. Defaults that name no source are the authors' (sfujim/TD3_BC)
+    # 1. offline
     offline_steps: int = 250_000  # updates (as SMAC; authors: 1_000_000); 0: TD3 from scratch
     offline_batch_size: int = 256
     num_critics: int = 2
@@ -426,10 +429,12 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
 
 def print_flags(start: str, default: Args, args: Args) -> None:
     """One paragraph: `start`, and the flags that differ from the defaults."""
-    before = asdict(default)
-    flags = [f"{name} {x}" for name, x in asdict(args).items() if x != before[name]]
+    before, words = asdict(default), [start]
+    for name, value in asdict(args).items():
+        if value != before[name]:
+            words.append(f"{name} {value}")
     width = shutil.get_terminal_size().columns
-    print(textwrap.fill(", ".join([start, *flags]), width, break_on_hyphens=False))
+    print(textwrap.fill(", ".join(words), width, break_on_hyphens=False))
 
 
 def set_up(args: Args) -> torch.device:

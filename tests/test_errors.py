@@ -8,7 +8,10 @@ import pytest
 import torch
 from helpers import ROOT, TINY, hopper_file, load, only_run, parse, prepared_file, run_here
 
+import cal_ql
+import iql
 import smac_offline_to_online as smac
+import td3_bc
 
 N = 8
 WALKER = dict(
@@ -107,6 +110,15 @@ def test_a_wrong_input_is_answered_in_a_sentence(
     assert sentence.startswith("error: ") and "\n" not in sentence and not runs.exists()
     for part in words.format(**places).split("; "):
         assert part in sentence
+
+
+@pytest.mark.parametrize("script", (cal_ql, iql, td3_bc), ids=lambda m: m.__name__)
+def test_another_scripts_checkpoint_is_one_sentence(script, reference, dataset, tmp_path):
+    flags = ["--device", "cpu", "--runs-dir", tmp_path, "--dataset", dataset]
+    with pytest.raises(SystemExit) as problem:
+        run_here(script, *flags, "--init-from", reference / "offline.pt")
+    sentence = str(problem.value)
+    assert "offline.pt do not fit this script" in sentence and len(sentence) < 250
 
 
 def test_an_unknown_flag_ends_with_code_2(capsys):

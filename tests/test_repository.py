@@ -20,10 +20,10 @@ import smac_offline_to_online as smac
 # Of counts.py. Lower a number where a script has become shorter; where one stands in the way of a
 # reader, the reader wins.
 CEILINGS = {
-    "smac_offline_to_online.py": dict(lines=1186, shared=470, network=185, tokens=13, dense=45),
-    "cal_ql.py": dict(lines=940, shared=470, network=160, tokens=13, dense=35),
-    "iql.py": dict(lines=870, shared=470, network=160, tokens=13, dense=35),
-    "td3_bc.py": dict(lines=840, shared=470, network=160, tokens=13, dense=35),
+    "smac_offline_to_online.py": dict(lines=1215, shared=491, network=192, tokens=13, dense=45),
+    "cal_ql.py": dict(lines=965, shared=491, network=160, tokens=13, dense=35),
+    "iql.py": dict(lines=889, shared=491, network=160, tokens=13, dense=35),
+    "td3_bc.py": dict(lines=864, shared=491, network=160, tokens=13, dense=35),
 }
 # Above the banner, what has one name in several scripts is one thing, word for word, but for:
 OWN = {"Args", "Agent", "Policy", "Critics", "main"}
@@ -112,6 +112,11 @@ def test_a_scripts_dependencies_are_in_requirements_txt(script):
     listed = {line.strip() for line in lines if line.strip() and line[0] not in "#-"}
     prepare_needs = {line for line in listed if line.startswith("minari")}
     assert set(needs) == listed - prepare_needs
+
+
+def test_minaris_hub_can_be_reached_after_the_installation():
+    assert "minari[hf]>=0.5.3" in (ROOT / "requirements.txt").read_text().splitlines()
+    importlib.import_module("huggingface_hub")  # what minari asks for before it loads
 
 
 def test_copies_are_rewritten_from_one_script(tmp_path, monkeypatch):

@@ -225,6 +225,27 @@ def test_more_online_steps_go_on_and_the_config_stays(reference, tmp_path):
     assert rows[::2] == ["0", "25", "50", "75", "85", "90", "90"]
 
 
+def test_tensorboard_keeps_what_was_written_at_the_step_that_a_resume_starts_from(
+    reference, tmp_path
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = shutil.copytree(reference, tmp_path / "run")
+    run_here(smac, "--resume", folder, "--online-steps", 100, "--eval-every", 20)
+    run_here(smac, "--resume", folder, "--online-steps", 120)
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("online/normalized_return")]
+    assert steps == [0, 25, 50, 75, 100, 120]
+    assert [event.step for event in events.Scalars("online/td_loss")][-5:] == [
+        100,
+        105,
+        110,
+        115,
+        120,
+    ]
+
+
 def test_resume_gives_the_runs_own_flags(reference):
     args, task = parse("--resume", reference, "--log-every", 7)
     saved = load(reference / "last.pt")
