@@ -61,7 +61,7 @@ from muon import Muon
 @dataclass
 class Args:
     dataset: str = "hopper-embedded"  # file of data/prepare.py, or its name in data/; names the env
-    preset: str = "auto"  # other defaults, see PRESETS; auto: the dataset's
+    preset: str = "auto"  # small, small-adroit, ... (below: PRESETS); auto: the dataset's family's
     init_from: str | None = None  # offline.pt of this script: straight to phase 2
     resume: str | None = None  # run folder: go on exactly where its last.pt stands
     seed: int = 0  # of networks, batches, exploration and episodes
@@ -406,7 +406,10 @@ def parse_args() -> tuple[Args, "Task"]:
         sys.exit(f"error: there is no preset {preset}, but auto, {', '.join(PRESETS)}.")
     default = replace(default, **(PRESETS.get(preset, {}) | kept))
     args = tyro.cli(Args, default=default, description=__doc__)
-    print_flags(f"{Path(args.dataset).stem}, preset {preset}", default, args)
+    start = f"{Path(args.dataset).stem} on {args.device}, preset {preset}"
+    if kept:
+        start = f"{start} and flags of {args.init_from}"
+    print_flags(f"{start}, seed {args.seed}", default, args)
     return args, task
 
 
@@ -431,7 +434,7 @@ def print_flags(start: str, default: Args, args: Args) -> None:
     """One paragraph: `start`, and the flags that differ from the defaults."""
     before, words = asdict(default), [start]
     for name, value in asdict(args).items():
-        if value != before[name]:
+        if value != before[name] and name not in ("device", "init_from", "seed"):
             words.append(f"{name} {value}")
     width = shutil.get_terminal_size().columns
     print(textwrap.fill(", ".join(words), width, break_on_hyphens=False))
@@ -440,6 +443,8 @@ def print_flags(start: str, default: Args, args: Args) -> None:
 def set_up(args: Args) -> torch.device:
     if min(args.eval_episodes, args.final_episodes) < 1:
         sys.exit("error: --eval-episodes and --final-episodes have to be 1 or more.")
+    if 0 < args.online_steps <= args.warmup_steps:
+        print("no update online: --online-steps is not above --warmup-steps")
     if args.track and importlib.util.find_spec("wandb") is None:
         sys.exit("error: --track needs Weights & Biases: pip install wandb.")
     torch.manual_seed(args.seed)
@@ -491,7 +496,8 @@ def find_dataset(name: str) -> Path:
             return path
     names = [path.stem for path in folder.glob("*.hdf5")]
     near = ", ".join(difflib.get_close_matches(name, names, cutoff=0.4) or names)
-    sys.exit(f"error: no dataset {name}: data/ has {near}; python data/prepare.py {name} makes it.")
+    how = f"python data/prepare.py {name} makes it, if it is a known name; README has the rest"
+    sys.exit(f"error: no dataset {name}: data/ has {near}. {how}.")
 
 
 def read_task(path: Path) -> Task:
@@ -654,6 +660,8 @@ def rollout(policy: nn.Module, envs: list[TaskEnv], seeds: list[int]) -> None:
 
 # ---- run folder
 def read_checkpoint(path: str) -> dict:
+    if Path(path).expanduser().is_dir():
+        sys.exit(f"error: {path} is a folder: name a checkpoint in it, offline.pt or last.pt.")
     try:
         saved = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
         assert saved["format"] == "smac-checkpoint-2"  # docs/checkpoint.md
@@ -719,6 +727,8 @@ class Run:
         commit = os.popen(f"git -C {folder} describe --always --dirty=+ 2>{os.devnull}").read()
         # the commit has a + where files differ from it
         about = dict(algorithm=ALGORITHM, command=sys.argv, commit=commit.strip())
+        if self.args.init_from:
+            about["init_algorithm"] = read_checkpoint(self.args.init_from)["algorithm"]
         about.update(self.config, torch=torch.__version__, task=self.task._asdict())
         (self.path / "config.json").write_text(json.dumps(about, indent=1))
         (self.path / "metrics.csv").write_text("step,phase,name,value\n")
@@ -764,10 +774,8 @@ class Run:
                 self.tensorboard.add_scalar(f"{self.phase}/{name}", value, self.step + 1)
 
     def exit_not_finite(self, name: str) -> None:
-        where = f"{name} is not finite at {self.phase} step {self.step + 1}"
-        sys.exit(
-            f"error: {where}: lower a rate. A checkpoint, {self.path}/last.pt, is from before."
-        )
+        where = f"{name} is not finite at {self.phase} step {self.step + 1} of {self.path}"
+        sys.exit(f"error: {where}: start a new run with lower rates (--critic-lr, --policy-lr).")
 
     def log_episode(self, env: TaskEnv) -> None:
         """An episode that was collected, with exploration."""
@@ -851,12 +859,14 @@ class Run:
         axes.legend()
         axes.figure.savefig(self.path / "curve.png", dpi=150)
 
+        print("normalized return (docs/smac.md says what the lines are):")
         for name, value in lines.items():
             print(f"  {name:<24}{value:8.1f}")
         minutes = (time.time() - self.start) / 60
         print(f"{minutes:.1f} minutes; curve.png, tables and checkpoints are in {self.path}")
         if (self.path / "offline.pt").exists():
-            print(f"to hand over again: python {sys.argv[0]} --init-from {self.path}/offline.pt")
+            smac = Path(sys.argv[0]).with_name("smac_offline_to_online.py")
+            print(f"to hand over: python {smac} --init-from {self.path}/offline.pt")
         print(f"to look: tensorboard --logdir {self.path.parent}")
 
 

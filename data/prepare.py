@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 notifications.pop("gymnasium_robotics", None)  # of dense rewards, printed at every import
 
+sys.path.append(os.getcwd())  # where one's own my_module:MyEnv-v0 may lie
 FORMAT = "smac-dataset-1"
 FOLDER = Path(__file__).resolve().parent
 D4RL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
@@ -501,7 +502,7 @@ def flatten(space: gym.Space, obs, n: int) -> np.ndarray:
 
 
 def is_run(path: Path) -> bool:
-    return path.suffix == ".pt" or (path / "last.pt").exists()
+    return path.suffix == ".pt" or any((path / x).exists() for x in ("last.pt", "config.json"))
 
 
 @cache
@@ -523,6 +524,8 @@ def load_run(path: Path) -> tuple[Task, dict]:
 def run_episodes(path: Path, task: Task) -> Iterator[Episode]:
     """The replay's rows s, a, training reward, s', terminal. Time-outs are seen as jumps."""
     _, replay = load_run(path)
+    if len(replay["rows"]) == 0:
+        sys.exit(f"error: {path} has collected nothing: it had no online steps yet.")
     parts = np.split(replay["rows"].numpy(), np.cumsum(replay["sizes"])[:-1], 1)
     rewards = (parts[2][:, 0].astype(float) - task.reward_bias) / task.reward_scale
     if task.goals:
@@ -777,7 +780,9 @@ def main() -> None:
         return
     summarize(columns)
     print(f"normalized mean return of all episodes: {attributes['mean_normalized_return']:.1f}")
-    print(f"go on:    python smac_offline_to_online.py --dataset {dataset}")
+    preset = "small-adroit" if task.family == "adroit" else "small"
+    print("without --preset: the paper's sizes, which on a CPU take days")
+    print(f"go on:    python smac_offline_to_online.py --dataset {dataset} --preset {preset}")
 
 
 def default_name(args: Args, path: Path) -> str:

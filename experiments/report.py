@@ -109,7 +109,8 @@ class Run:
             return method_name(self.parent.config)
         folder = re.fullmatch(r".+__(\w+)__\d+__\d{8}-\d+b*", Path(source).parent.name)
         if not folder:
-            return "unknown"
+            name = self.config.get("init_algorithm", "unknown")
+            return "Cal-QL or CQL" if name == "cal_ql" else NAMES.get(name, name)
         return "Cal-QL or CQL" if folder[1] == "cal_ql" else NAMES[folder[1]]
 
     @property

@@ -39,8 +39,8 @@ class Args:
 
 def follow_robot(env: gym.Env) -> None:
     """Locomotion's models have a camera that goes along with the robot."""
-    model = env.unwrapped.model
-    for number in range(model.ncam):
+    model = getattr(env.unwrapped, "model", None)  # of MuJoCo
+    for number in range(model.ncam if model else 0):
         if model.camera(number).name == "track":
             env.unwrapped.mujoco_renderer.camera_id = number
 
@@ -92,7 +92,8 @@ def main() -> None:
         env.render()
     except Exception as error:  # each way to render fails with errors of its own
         way = os.environ.get("MUJOCO_GL", "a window")
-        sys.exit(f"error: no pictures through {way} ({error}): try MUJOCO_GL=osmesa, or egl.")
+        other = "osmesa" if way == "egl" else "egl"
+        sys.exit(f"error: no pictures through {way} ({error}): try MUJOCO_GL={other}.")
     rate = env.metadata["render_fps"]
     every = max(1, round(rate / args.fps))
     frames = []

@@ -107,12 +107,12 @@ def run_here(main_module, *flags) -> Path:
     return [Path(line) for line in out.getvalue().splitlines() if Path(line).is_dir()][-1]
 
 
-def start(*command) -> subprocess.Popen:
+def start(*command, cwd: Path = ROOT) -> subprocess.Popen:
     """`python command...`, with the repository's modules: a script, or ("-c", code, flags...)."""
     environment = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen(words, cwd=cwd, env=environment, **pipes)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

@@ -51,7 +51,7 @@ def bad(dataset, reference, tmp_path_factory):
 CASES = [
     # dataset
     ("--dataset hoper-embeded", "no dataset hoper-embeded; data/ has hopper-embedded; prepare.py"),
-    ("--dataset walker2d-medium-v2", "no dataset; data/prepare.py walker2d-medium-v2 makes it"),
+    ("--dataset walker2d-medium-v2", "no dataset; prepare.py walker2d-medium-v2 makes it, if"),
     ("--dataset {bad}/nowhere.hdf5", "no dataset; nowhere.hdf5"),
     ("--dataset {bad}", "no dataset"),
     ("--dataset {bad}/raw.hdf5", "raw.hdf5 is not a prepared file; prepare.py {bad}/raw.hdf5"),
@@ -69,7 +69,7 @@ CASES = [
     ("--init-from {bad}/foreign.pt", "foreign.pt; no checkpoint of these scripts"),
     ("--init-from {bad}/module.pt", "module.pt; no checkpoint of these scripts"),
     ("--init-from {bad}/old.pt", "old.pt; present version"),
-    ("--init-from {bad}", "{bad}; no checkpoint of these scripts"),
+    ("--init-from {bad}", "{bad} is a folder; offline.pt"),
     ("--init-from {reference}/offline.pt --dataset {bad}/walker.hdf5", "offline.pt do not fit"),
     ("--init-from {reference}/offline.pt --critic-hidden 8 8", "offline.pt do not fit; flags"),
     ("--init-from {reference}/offline.pt --num-critics 2", "offline.pt do not fit"),
@@ -82,7 +82,7 @@ CASES = [
     ("--preset hopper", "no preset hopper; auto; paper; small; from-scratch"),
     ("--dataset {dataset} --eval-episodes 0", "--eval-episodes; have to be 1 or more"),
     ("--dataset {dataset} --final-episodes 0", "--final-episodes have to be 1 or more"),
-    ("--dataset {dataset} --score-steps 0", "no score to match; --score-steps; no kappa"),
+    ("--dataset {dataset} --score-steps 0", "no score to match; --score-steps; --kappa 0"),
     ("--offline-steps 0 --online-kappa 1", "no score to match; dataset"),
     ("--dataset {dataset} --device tpu", "--device tpu cannot be used here; --device cpu"),
     ("--dataset {dataset} --device cuda:99", "--device cuda:99 cannot be used; --device cpu"),
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_good_state(
         run_here(smac, *TINY, *flags, *steps[phase])
     last = only_run(tmp_path / "runs") / "last.pt"
     sentence = str(stop.value)
-    assert f"is not finite at {phase} step 25" in sentence and str(last) in sentence
+    assert f"is not finite at {phase} step 25" in sentence and str(last.parent) in sentence
     assert load(last)["done"][phase] == 20 and is_finite(load(last))
 
 

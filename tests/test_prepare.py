@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import finish, start
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data"))
@@ -312,6 +313,17 @@ def test_a_file_without_rows_describes_an_environment(tmp_path, env_id, stated):
         assert file["ends"].shape == file["returns"].shape == (0,)
         assert file.attrs["family"].startswith(stated)
         assert file.attrs["max_episode_steps"] == env.spec.max_episode_steps
+    assert "--offline-steps 0" in printed
+
+
+def test_ones_own_module_may_lie_where_one_is(tmp_path):
+    code = "import gymnasium as gym\nfrom gymnasium.envs.mujoco.pusher_v5 import PusherEnv\n"
+    code += "gym.register('Mine-v0', PusherEnv, max_episode_steps=7)\n"
+    (tmp_path / "robots_of_mine.py").write_text(code)
+    script = ROOT / "data" / "prepare.py"
+    words = [script, "none", "--env-id", "robots_of_mine:Mine-v0", "--out", tmp_path / "mine.hdf5"]
+    code, printed, problem = finish(start(*words, cwd=tmp_path))
+    assert code == 0, problem
     assert "--offline-steps 0" in printed
 
 
@@ -772,6 +784,18 @@ def test_a_runs_actions_are_not_rescaled_twice(tmp_path):
         folder = run_folder(tmp_path / "r", "pusher", columns)
     found, _, _ = prepared(folder)
     assert (found["actions"] == 0.5).all()
+
+
+def test_a_run_that_has_collected_nothing_is_refused(tmp_path):
+    columns = [np.zeros((1, size)) for size in (11, 3, 1, 11, 1)]
+    folder = run_folder(tmp_path / "run", "hopper-medium-replay-v2", columns)
+    saved = torch.load(folder / "last.pt")
+    saved["replay"]["rows"] = saved["replay"]["rows"][:0]
+    torch.save(saved, folder / "last.pt")
+    assert "has collected nothing" in refused(folder)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text("{}")
+    assert "holds no replay" in refused(tmp_path / "new")
 
 
 def test_a_checkpoint_without_a_replay_is_refused(tmp_path):

@@ -436,18 +436,23 @@ def test_the_start_prints_the_flags_that_differ_fitted_to_the_terminal(
 ):
     """And no other flag: neither the preset's nor the checkpoint's."""
     monkeypatch.setenv("COLUMNS", "60")
-    parse("--seed", 3, "--online-algorithm", "td3", "--kappa", 1)  # 1 is the preset's
+    parse("--device", "cpu", "--seed", 3, "--tau", 0.5, "--kappa", 1)  # 1 is the preset's
     printed = capsys.readouterr().out
-    assert printed == "hopper-embedded, preset small, seed 3, online_algorithm td3\n"
+    assert printed == "hopper-embedded on cpu, preset small, seed 3, tau 0.5\n"
     parse("--resume", reference, "--eval-every", 7)
     assert capsys.readouterr().out == "resumed, eval_every 7\n"
     path = reference / "offline.pt"
-    parse("--init-from", path, "--tau", 0.5, "--gamma", 0.9, "--online-kappa", 2)
+    parse("--device", "cpu", "--init-from", path, "--tau", 0.5, "--gamma", 0.9, "--online-kappa", 2)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 60 < len(printed)
     text = "".join(printed.split())  # a path that is too long is broken
-    assert text.startswith("hopper,presetpaper,init_from/")
-    assert text.endswith("offline.pt,gamma0.9,tau0.5,online_kappa2.0")
+    assert text.startswith("hopperoncpu,presetpaperandflagsof/")
+    assert text.endswith("offline.pt,seed0,gamma0.9,tau0.5,online_kappa2.0")
+
+
+def test_a_run_that_only_warms_up_says_so(start, capsys):
+    run_here(smac, *start, "--online-steps", 5)
+    assert "no update online" in capsys.readouterr().out
 
 
 def test_bars_say_which_phase_it_is_and_evaluations_their_bracket(dataset, tmp_path, capsys):
