@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco]>=1.1", "gymnasium-robotics>=1.4",
-#     "mujoco>=3.3,<3.11", "tyro>=1.0", "numpy>=2.0", "h5py>=3.11", "tqdm>=4.66",
-#     "tensorboard>=2.17", "matplotlib>=3.9"]
+#     "mujoco>=3.3,<3.11", "farama-notifications>=0.0.4", "tyro>=1.0", "numpy>=2.0",
+#     "h5py>=3.11", "tqdm>=4.66", "tensorboard>=2.17", "matplotlib>=3.9"]
 # ///
 """Cal-QL (arXiv 2303.05479) and CQL (arXiv 2006.04779), offline, then online, in one file.
 
@@ -135,7 +135,7 @@ PRESETS = {
     ),
 }
 # fmt: on
-ALGORITHM = "cal_ql"  # in run folders and checkpoints
+ALGORITHM = "cal_ql"  # in checkpoints
 PHASES = dict(offline="1/2 offline updates", online="2/2 online steps")
 NETWORK_ARGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "gamma")
 
@@ -510,7 +510,8 @@ def parse_args() -> tuple[Args, "Task"]:
     start = f"{Path(args.dataset).stem} on {args.device}, preset {preset}"
     if kept:
         start = f"{start} and flags of {args.init_from}"
-    print_flags(f"{start}, seed {args.seed}", default, args)
+    told = ("dataset", "device", "preset", "init_from", "seed")
+    print_flags(f"{start}, seed {args.seed}", default, args, told)
     return args, task
 
 
@@ -531,11 +532,11 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
     return args, Task(**saved["task"])
 
 
-def print_flags(start: str, default: Args, args: Args) -> None:
-    """One paragraph: `start`, and the flags that differ from the defaults."""
+def print_flags(start: str, default: Args, args: Args, told: tuple[str, ...] = ()) -> None:
+    """One paragraph: `start`, and the flags that differ from the defaults, but those in `told`."""
     before, words = asdict(default), [start]
     for name, value in asdict(args).items():
-        if value != before[name] and name not in ("device", "init_from", "seed"):
+        if value != before[name] and name not in told:
             words.append(f"{name} {value}")
     width = shutil.get_terminal_size().columns
     print(textwrap.fill(", ".join(words), width, break_on_hyphens=False))
@@ -548,6 +549,7 @@ def set_up(args: Args) -> torch.device:
         print("no update online: --online-steps is not above --warmup-steps")
     if args.track and importlib.util.find_spec("wandb") is None:
         sys.exit("error: --track needs Weights & Biases: pip install wandb.")
+    sys.path.append(os.getcwd())  # where one's own my_module:MyEnv-v0 may lie
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # moments of idle units: numbers so small slow a CPU down
@@ -690,11 +692,13 @@ class TaskEnv(gym.Wrapper):
 
     def __init__(self, task: Task, **kwargs):
         kwargs = task.env_kwargs | kwargs
-        notifications.pop("gymnasium_robotics", None)  # of dense rewards, which no task has
+        if task.goals:  # Gymnasium-Robotics' notice is of dense rewards only
+            notifications.pop("gymnasium_robotics", None)
         try:
             env = gym.make(task.env_id, max_episode_steps=task.max_episode_steps, **kwargs)
-        except (gym.error.Error, ImportError) as error:
-            sys.exit(f"error: the dataset's environment, {task.env_id}, cannot be made: {error}")
+        except Exception as error:  # whatever an environment raises
+            why = " ".join(str(error).split())
+            sys.exit(f"error: the dataset's environment, {task.env_id}, cannot be made: {why}")
         super().__init__(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
         self.task = task
 

@@ -41,7 +41,7 @@ import tyro
 from farama_notifications import notifications
 from tqdm import tqdm
 
-notifications.pop("gymnasium_robotics", None)  # of dense rewards, printed at every import
+notifications.pop("gymnasium_robotics", None)  # of dense rewards; a run on such a task prints it
 
 sys.path.append(os.getcwd())  # where one's own my_module:MyEnv-v0 may lie
 FORMAT = "smac-dataset-1"

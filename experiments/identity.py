@@ -26,7 +26,7 @@ import smac_offline_to_online as smac
 @dataclass
 class Args:
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]  # of any of the four scripts
-    score: Path | None = None  # a checkpoint with a score model; default: the first of the others
+    score: Path | None = None  # a checkpoint with a score model; default: the first of checkpoints
     dataset: str | None = None  # default: the one the score was fitted to
     states: int = 5_000  # of the dataset
     seed: int = 0  # of the states and actions
@@ -61,16 +61,19 @@ def cosines(agent: smac.Agent, batch: smac.Batch, seed: int) -> dict[str, float]
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     smac.set_up(smac.Args(device="cpu"))
-    path = args.score or args.checkpoints[0]
-    saved = smac.read_checkpoint(path)
+    if not args.checkpoints:
+        sys.exit("error: name at least one checkpoint.")
+    score_path = args.score or args.checkpoints[0]
+    saved = smac.read_checkpoint(score_path)
     if not saved["agent"].get("score_model.fitted", False):
-        sys.exit(f"error: {path} has no fitted score model: --score names a SMAC run's offline.pt.")
+        how = "name a SMAC run's offline.pt with --score"
+        sys.exit(f"error: {score_path} has no fitted score model: {how}.")
     flags, task = smac.Args(**saved["args"]), smac.Task(**saved["task"])
     obs_dim = len(saved["agent"]["policy.normalize.mean"])
     act_dim = len(saved["agent"]["policy.head.bias"]) // 2
     data = smac.load_dataset(args.dataset or flags.dataset, obs_dim, act_dim)
     dataset = smac.dataset_replay(data, task, torch.device("cpu"))
-    score_model = read_agent(path, dataset, flags).score_model
+    score_model = read_agent(score_path, dataset, flags).score_model
     order = torch.randperm(dataset.n, generator=torch.Generator().manual_seed(args.seed))
     batch = dataset.unpack(dataset.rows[order[: args.states]])
     lines = []

@@ -36,7 +36,7 @@ import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter
 
-NAMES = {"smac": "SMAC", "cal_ql": "Cal-QL", "iql": "IQL", "td3_bc": "TD3+BC"}
+NAMES = {"smac": "SMAC", "cal_ql": "Cal-QL", "cql": "CQL", "iql": "IQL", "td3_bc": "TD3+BC"}
 NAMES |= {"sac": "SAC", "td3": "TD3", "td3+bc": "TD3+BC", "awr": "AWR"}
 # Normalised regret of the paper's Table 1: mean over six environments, 0 the best pair, 1 the worst
 PAPER = {
@@ -52,7 +52,9 @@ PAPER[EITHER] = PAPER["CQL"] = PAPER["Cal-QL"]
 # What two runs may differ in and still be seeds of one another. Some are of earlier versions
 NOT_SETTINGS = set("seed resume resumed runs_dir device threads torch_threads compile".split())
 NOT_SETTINGS |= set("init_from save_replay track capture_video checkpoint_every keep_every".split())
-NOT_SETTINGS |= set("log_every eval_every algorithm command commit git_commit torch".split())
+NOT_SETTINGS |= set(
+    "log_every eval_every algorithm init_algorithm command commit git_commit torch".split()
+)
 # Packed whatever they are: without them a run's curves cannot be read
 ALWAYS = "dataset env_id calibrate online_algorithm offline_steps online_steps warmup_steps".split()
 MEASURES = ("hand-over", "worst early", "last", "best", "gap", "final", "regret")

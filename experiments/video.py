@@ -40,7 +40,9 @@ class Args:
 def follow_robot(env: gym.Env) -> None:
     """Locomotion's models have a camera that goes along with the robot."""
     model = getattr(env.unwrapped, "model", None)  # of MuJoCo
-    for number in range(model.ncam if model else 0):
+    if model is None:
+        return
+    for number in range(model.ncam):
         if model.camera(number).name == "track":
             env.unwrapped.mujoco_renderer.camera_id = number
 

@@ -170,7 +170,7 @@ def commands(page: Path) -> list[str]:
 
 
 def table_commands(table: str) -> list[str]:
-    """What stands in `...` in the last column, but for flags by themselves and words for a file."""
+    """What stands in `...` in the last column, but for flags of another program."""
     cells = [row.rstrip("|").split("|")[-1] for row in table.splitlines()[2:]]
     found = [command for cell in cells for command in re.findall("`([^`]+)`", cell)]
-    return [command for command in found if not command.startswith("--")]
+    return [command for command in found if not command.startswith("--offline")]

@@ -526,17 +526,8 @@ def test_presets_choose_between_cql_and_cal_ql(tmp_path):
 
 @pytest.mark.parametrize("flag, name", [("--calibrate", "cal_ql"), ("--no-calibrate", "cql")])
 def test_the_folder_is_named_after_what_ran(dataset, tmp_path, flag, name):
-    flags = [
-        "--dataset",
-        dataset,
-        "--runs-dir",
-        tmp_path,
-        "--offline-steps",
-        1,
-        "--online-steps",
-        0,
-    ]
-    folder = run_here(cal_ql, *TINY, *flags, flag)
+    steps = ["--offline-steps", 1, "--online-steps", 0]
+    folder = run_here(cal_ql, *TINY, *steps, "--dataset", dataset, "--runs-dir", tmp_path, flag)
     assert folder.name.split("__")[1] == name
     assert load(folder / "offline.pt")["algorithm"] == "cal_ql"  # what --init-from reads it as
 

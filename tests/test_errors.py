@@ -34,6 +34,7 @@ def bad(dataset, reference, tmp_path_factory):
     walker = dict(env_id="Walker2d-v5", return_0=1.629008, return_100=4592.3)
     prepared_file(folder / "walker.hdf5", WALKER, **walker)
     prepared_file(folder / "gone.hdf5", WALKER, env_id="NoSuchRobot-v0")
+    prepared_file(folder / "kwargs.hdf5", WALKER, env_kwargs='{"no_such": 1}')
     prepared_file(folder / "module.hdf5", WALKER, env_id="no_such_module:Robot-v0")
     prepared_file(folder / "empty.hdf5", {name: x[:0] for name, x in WALKER.items()})
     (folder / "truncated.hdf5").write_bytes(dataset.read_bytes()[:-1000])
@@ -61,6 +62,7 @@ CASES = [
     ("--dataset {bad}/empty.hdf5", "empty.hdf5 only describes an environment; --offline-steps 0"),
     ("--dataset {bad}/sizes.hdf5", "sizes.hdf5 does not fit its environment"),
     ("--dataset {bad}/gone.hdf5", "environment, NoSuchRobot-v0, cannot be made"),
+    ("--dataset {bad}/kwargs.hdf5", "environment, Hopper-v5, cannot be made; no_such"),
     ("--dataset {bad}/module.hdf5", "environment, no_such_module:Robot-v0, cannot be made"),
     # checkpoint
     ("--init-from {bad}/nowhere.pt", "there is no {bad}/nowhere.pt"),

@@ -375,6 +375,10 @@ def test_methods_have_the_names_that_people_use(tmp_path, monkeypatch):
     write_run(tmp_path, "td3_bc", None, 4, pretraining, old=False, online_steps=0)
     elsewhere = "/b/hopper__iql__5__20260101-000005b/offline.pt"
     write_run(tmp_path, "smac", "sac", 5, curves, old=False, init_from=elsewhere)
+    elsewhere = elsewhere.replace("iql", "cql")
+    write_run(tmp_path, "smac", "td3", 6, curves, old=False, init_from=elsewhere)
+    given = dict(init_from="data/hopper-offline.pt", init_algorithm="smac")
+    write_run(tmp_path, "smac", "sac", 7, curves, old=False, **given)
     assert {run.key[1:3] for run in report.read_runs((tmp_path,))} == {
         ("SMAC", "TD3+BC"),
         ("Cal-QL", "its own"),
@@ -382,6 +386,8 @@ def test_methods_have_the_names_that_people_use(tmp_path, monkeypatch):
         ("none", "AWR"),
         ("TD3+BC", "none"),
         ("IQL", "SAC"),
+        ("CQL", "TD3"),
+        ("SMAC", "SAC"),
     }
 
 

@@ -436,11 +436,12 @@ def test_the_start_prints_the_flags_that_differ_fitted_to_the_terminal(
 ):
     """And no other flag: neither the preset's nor the checkpoint's."""
     monkeypatch.setenv("COLUMNS", "60")
-    parse("--device", "cpu", "--seed", 3, "--tau", 0.5, "--kappa", 1)  # 1 is the preset's
+    flags = ["--device", "cpu", "--preset", "small", "--kappa", 1]  # 1 is the preset's
+    parse("--seed", 3, "--tau", 0.5, *flags)
     printed = capsys.readouterr().out
     assert printed == "hopper-embedded on cpu, preset small, seed 3, tau 0.5\n"
-    parse("--resume", reference, "--eval-every", 7)
-    assert capsys.readouterr().out == "resumed, eval_every 7\n"
+    parse("--resume", reference, "--eval-every", 7, "--threads", 2)
+    assert capsys.readouterr().out == "resumed, threads 2, eval_every 7\n"
     path = reference / "offline.pt"
     parse("--device", "cpu", "--init-from", path, "--tau", 0.5, "--gamma", 0.9, "--online-kappa", 2)
     printed = capsys.readouterr().out
