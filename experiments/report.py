@@ -52,9 +52,8 @@ PAPER[EITHER] = PAPER["CQL"] = PAPER["Cal-QL"]
 # What two runs may differ in and still be seeds of one another. Some are of earlier versions
 NOT_SETTINGS = set("seed resume resumed runs_dir device threads torch_threads compile".split())
 NOT_SETTINGS |= set("init_from save_replay track capture_video checkpoint_every keep_every".split())
-NOT_SETTINGS |= set(
-    "log_every eval_every algorithm init_algorithm command commit git_commit torch".split()
-)
+NOT_SETTINGS |= set("log_every eval_every final_episodes algorithm init_algorithm".split())
+NOT_SETTINGS |= set("command commit git_commit torch".split())
 # Packed whatever they are: without them a run's curves cannot be read
 ALWAYS = "dataset env_id calibrate online_algorithm offline_steps online_steps warmup_steps".split()
 MEASURES = ("hand-over", "worst early", "last", "best", "gap", "final", "regret")
@@ -201,7 +200,7 @@ def read_packed(folder: Path, by: tuple[str, ...]) -> list[Run]:
     for line in lines:
         key = line["experiment"], line["run"]
         config = read_flags(line["flags"]) | dict(seed=int(line["seed"]), commit=line["commit"])
-        config["algorithm"] = line["script"]
+        config["algorithm"], config["init_algorithm"] = line["script"], line["offline"]
         if line["parent"]:
             config["init_from"] = f"{line['parent']}/offline.pt"
         task = line["task"]
@@ -372,8 +371,9 @@ def groups_of(runs: list[Run]) -> dict[tuple, list[Run]]:
 
 
 def setting(run: Run, flag: str) -> str:
-    """A flag's value; where pretraining was a run with another one, both."""
-    values = [str(one.config.get(flag)) for one in (run.parent, run) if one]
+    """A flag's value; where pretraining was a run with another one, both, but of online flags."""
+    both = (run,) if flag.startswith("online") else (run.parent, run)
+    values = [str(one.config.get(flag)) for one in both if one]
     return " then ".join(dict.fromkeys(values))
 
 
