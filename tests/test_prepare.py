@@ -881,7 +881,7 @@ def test_where_a_file_goes(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     source = hdf5(tmp_path / "in", rows((3, "terminal")))
     monkeypatch.setattr(prepare, "FOLDER", tmp_path / "data")
-    assert run(source, *HOPPER).endswith("--dataset mine\n")
+    assert run(source, *HOPPER).endswith("--dataset mine --preset small\n")
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["mine.hdf5"]
     assert prepare.default_name(prepare.Args("minari:a/b/c-v0"), Path("x")) == "a-b-c-v0"
     folder = prepare.Args(str(tmp_path / "in"))
