@@ -58,15 +58,17 @@ def main() -> None:
     arrows = [agents[1].score_model.score(s, grid)]
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    panels[0].set_title("the dataset, and the score of its good actions")
+    panels[0].set_title("dataset, score of its good actions")
     figure.colorbar(panels[0].scatter(*a[::4].T, c=a[::4].sum(1), s=4), label="return")
     for panel, agent, name in zip(panels[1:], agents, ("alone", "with score matching")):
         q = agent.critic(s, grid).detach().mean(0)
         arrows.append(agent.critic.action_gradient(s, grid).detach().mean(0))
         cosine = torch.cosine_similarity(arrows[0], arrows[-1]).mean()
-        panel.set_title(f"critics {name}: Q, and its gradient's direction")
-        panel.set_xlabel(f"mean cosine of gradient and score: {cosine:.2f}")
-        figure.colorbar(panel.contourf(x, y, q.reshape(x.shape), levels=20), label="Q")
+        panel.set(
+            title=f"critics {name}", xlabel=f"mean cosine of gradient and score: {cosine:.2f}"
+        )
+        filled = panel.contourf(x, y, q.reshape(x.shape), levels=20)
+        figure.colorbar(filled, label="Q; arrows: its gradient")
         panel.scatter(*a[::20].T, s=1, color="white")
         panel.plot(*grid[q.argmax()], "r*", ms=18, label="largest Q")
         panel.legend(loc="lower left")

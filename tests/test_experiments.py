@@ -116,7 +116,7 @@ def starts(place) -> list[list[str]]:
 
 SWEEPS = {
     "ablations": 11 * 3,
-    "default": 5,
+    "default": 10,
     "dataset-size": 2 * 36,
     "door": 3 + 3,
     "handover": 3 + 12,
