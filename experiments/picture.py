@@ -64,9 +64,7 @@ def main() -> None:
         q = agent.critic(s, grid).detach().mean(0)
         arrows.append(agent.critic.action_gradient(s, grid).detach().mean(0))
         cosine = torch.cosine_similarity(arrows[0], arrows[-1]).mean()
-        panel.set(
-            title=f"critics {name}", xlabel=f"mean cosine of gradient and score: {cosine:.2f}"
-        )
+        panel.set(title=f"critics {name}", xlabel=f"cosine of gradient and score: {cosine:.2f}")
         filled = panel.contourf(x, y, q.reshape(x.shape), levels=20)
         figure.colorbar(filled, label="Q; arrows: its gradient")
         panel.scatter(*a[::20].T, s=1, color="white")
