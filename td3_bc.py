@@ -779,7 +779,7 @@ class Run:
 
     def exit_not_finite(self, name: str) -> None:
         where = f"{name} is not finite at {self.phase} step {self.step + 1} of {self.path}"
-        sys.exit(f"error: {where}: start a new run with lower rates (--critic-lr, --policy-lr).")
+        sys.exit(f"error: {where}: start a new run with lower rates, the flags that end in -lr.")
 
     def log_episode(self, env: TaskEnv) -> None:
         """An episode that was collected, with exploration."""

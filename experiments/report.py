@@ -12,11 +12,11 @@ several offline and online algorithms, transfer.csv. A run that starts from anot
 (--init-from) shows that one's offline phase, if it is among the runs.
 
 --collect writes <name>.csv.gz (every evaluation episode), and into runs.csv (a line a run) and
-metrics.csv.gz (cosine_*) the rows of this experiment in place of those of the same name. What a
-folder's files say stands there as it is. `flags` in runs.csv are those that a command names or that
-differ between seeds of one another; `seconds` the run's own clock, in older runs updates,
-evaluations and environment together. Packed experiments are reported one by one: collect runs
-together with those that they start from.
+metrics.csv.gz (cosine_*, online_kappa, collected) the rows of this experiment in place of those of
+the same name. What a folder's files say stands there as it is. `flags` in runs.csv are those that a
+command names or that differ between seeds of one another; `seconds` the run's own clock, in older
+runs updates, evaluations and environment together. Packed experiments are reported one by one:
+collect runs together with those that they start from.
 """
 
 import csv
@@ -166,7 +166,8 @@ def read_run(path: Path, by: tuple[str, ...], experiment: str) -> Run | None:
         metrics = []
         for file in path.glob("metrics.csv*"):
             metrics += read_table(file)
-        cosines = [row for row in metrics if row["name"].startswith("cosine_")]
+        kept = re.compile(r"cosine_\w+|online_kappa|collected")
+        cosines = [row for row in metrics if kept.fullmatch(row["name"])]
         return Run(
             path, path.name, config, task, episodes, cosines, experiment, seconds_of(metrics)
         )
@@ -617,7 +618,8 @@ def identity_figure(runs: list[Run], path: Path) -> bool:
     shown = {}
     for axes, (key, group) in zip(grid, found.items()):
         pair = f"{key[1]} to {key[2]} {key[3]}".strip()
-        title = textwrap.fill(f"{pair}, {len(group)} seeds", 40)
+        seeds = "1 seed" if len(group) == 1 else f"{len(group)} seeds"
+        title = textwrap.fill(f"{pair}, {seeds}", 40)
         axes.set_title(f"{key[0]}\n{title}", fontsize=9)
         axes.axhline(0, color="gray", linewidth=0.6)
         shade_warm_start(axes, group[0][0])

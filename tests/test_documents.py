@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
-import h5py
 import numpy as np
 import pytest
 import torch
 import tyro
 from helpers import ROOT, commands, prepared_file, run_here
 from shared_blocks import SCRIPTS
+from test_prepare import awac_file, hdf5, robomimic_file
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -132,46 +132,30 @@ def reduced(program: str, words: list[str]) -> list[str]:
     return kept
 
 
-def write_hdf5(path: Path, found: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        for name, column in found.items():
-            file[name] = column
-
-
 def make_source(words: list[str], folder: Path) -> None:
     """What data/prepare.py reads."""
-    source = words[0]
+    source, cache = words[0], folder / "d4rl"
+    cache.mkdir(exist_ok=True)
     if source in ("my.hdf5", "my_door.hdf5"):
-        write_hdf5(folder / source, columns("door" if "--task" in words else "Pusher-v5"))
+        hdf5(folder, columns("door" if "--task" in words else "Pusher-v5"), source)
     elif source == "low_dim.hdf5":
         rows = columns("Pusher-v5")
         keys = words[words.index("--obs-keys") + 1 :]
         parts = dict(zip(keys, np.split(rows["observations"], [20], 1)))
         rows = {"actions": rows["actions"], "rewards": rows["rewards"], "dones": rows["terminals"]}
         rows |= {f"obs/{key}": part for key, part in parts.items()}
-        write_hdf5(folder / source, {f"data/demo_0/{name}": x for name, x in rows.items()})
-    elif source in ("walker2d-medium-replay-v2", "hopper-medium-replay-v2"):
-        robot = source.split("-")[0]
-        cache = folder / "d4rl" / f"{robot}_medium_replay-v2.hdf5"
-        write_hdf5(cache, columns(f"{robot.title()}-v5".replace("Walker2D", "Walker2d")))
+        robomimic_file(folder, dict(demo_0=rows))
+    elif source == "walker2d-medium-replay-v2":
+        hdf5(cache, columns("Walker2d-v5"), "walker2d_medium_replay-v2.hdf5")
+    elif source == "hopper-medium-replay-v2":
+        hdf5(cache, columns("Hopper-v5"), "hopper_medium_replay-v2.hdf5")
     elif source == "hopper-medium-replay.hdf5":
-        write_hdf5(folder / source, columns("Hopper-v5"))
+        hdf5(folder, columns("Hopper-v5"), source)
     elif source == "door-binary-v0":
-        make_awac(folder / "d4rl" / "offpolicy_hand_data")
+        for name in ("door2_sparse", "door_bc_sparse4"):
+            awac_file(cache / "offpolicy_hand_data" / f"{name}.npy", ([-1, -1, 0], False, 0))
     elif source.startswith("minari:"):
         make_minari(source.removeprefix("minari:"))
-
-
-def make_awac(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = columns("door")
-    episode = dict(observations=rows["observations"][:10], actions=rows["actions"][:10])
-    episode["rewards"] = rows["rewards"][:10, None]
-    for name in ("door2_sparse", "door_bc_sparse4"):
-        array = np.empty(2, object)
-        array[:] = [episode, episode]
-        np.save(folder / f"{name}.npy", array, allow_pickle=True)
 
 
 def make_minari(name: str) -> None:

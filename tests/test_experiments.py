@@ -119,7 +119,7 @@ SWEEPS = {
     "default": 10,
     "dataset-size": 2 * 36,
     "door": 3 + 3,
-    "handover": 3 + 12,
+    "handover": 3 + 24,
     "paper-table-1": 96 + 384,
     "smoke": 2,
     "transfer-adroit": 8 + 32,

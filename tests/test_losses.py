@@ -174,6 +174,7 @@ def test_online_kappa_adds_the_term_and_0_leaves_it_out():
 def test_auto_kappa_rises_where_the_cosine_is_below_its_bound_and_falls_above(algorithm):
     for bound, change in ((0.9, 1), (-0.9, -1)):
         agent = agent_of(online_kappa="auto", kappa=4.0, online_algorithm=algorithm)
+        assert agent.online_kappa == 4  # where it starts
         agent.online_kappa.fill_(3.0)
         agent.critic.action_gradient = lambda s, a: torch.ones(3, len(s), ACT).requires_grad_()
         agent.score_model.score = lambda s, a: torch.eye(ACT)[0].expand(len(s), -1)

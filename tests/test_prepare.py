@@ -325,6 +325,10 @@ def test_ones_own_module_may_lie_where_one_is(tmp_path):
     code, printed, problem = finish(start(*words, cwd=tmp_path))
     assert code == 0, problem
     assert "--offline-steps 0" in printed
+    words = ["--dataset", tmp_path / "mine.hdf5", "--offline-steps", 0, "--online-steps", 3]
+    words += ["--device", "cpu", "--eval-episodes", 1, "--final-episodes", 1]
+    code, printed, problem = finish(start(ROOT / "td3_bc.py", *words, cwd=tmp_path))
+    assert code == 0, problem
 
 
 @pytest.mark.parametrize(
