@@ -208,6 +208,8 @@ def test_a_baselines_networks_go_on_in_smac(baseline, kappa, short_episodes, tmp
         flags += ["--online-kappa", 1]
     folder = run_here(smac, *flags, *ONLINE, *SCORE)
 
+    config = json.loads((folder / "config.json").read_text())
+    assert config["init_algorithm"] == baseline.ALGORITHM
     metrics = rows_of(folder / "metrics.csv")
     online = {row["name"] for row in metrics if row["phase"] == "online"}
     matched = {"sm_loss", "alpha", "cosine_batch", "cosine_policy", "cosine_collected"}

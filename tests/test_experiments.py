@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -842,6 +843,12 @@ def test_the_camera_goes_with_the_robot(reference):
     video.follow_robot(env)
     camera = env.unwrapped.model.camera(env.unwrapped.mujoco_renderer.camera_id)
     assert camera.mode == 2  # mjCAMLIGHT_TRACKCOM: moves with the robot's centre of mass
+
+
+def test_an_environment_outside_mujoco_has_its_own_camera():
+    env = gym.make("CartPole-v1")
+    video.follow_robot(env)  # finds no robot, and nothing to complain of
+    assert not hasattr(env.unwrapped, "model")
 
 
 def test_a_film_of_another_kind_is_refused(reference, tmp_path, monkeypatch):
