@@ -95,6 +95,7 @@ class Args:
     kappa: float = 40.0  # weight of score matching
     alpha_mode: Literal["scaled", "learned"] = "scaled"  # learned: a network alpha(s), the paper's
     alpha_scale: float = 0.015  # scaled: alpha = alpha_scale * running mean |y| (ours)
+    offline_cooldown: float = 0.0  # last share of the updates: rates fall to the online ones (ours)
     optimizer: Literal["muon", "adam"] = "muon"  # of hidden matrices; the rest is on Adam
     muon_scale: Literal["rms", "spectral"] = "rms"  # as large as Adam's steps (ours); or Jordan's
     # 3. online
@@ -144,16 +145,16 @@ PRESETS = {
         score_condition_hidden=(128, 128), offline_steps=30_000, num_critics=4, kappa=1.0,
         critic_hidden=(128, 128), policy_hidden=(128, 128), normalize_observations=True,
         critic_lr=1e-3, policy_lr=3e-4, temperature_lr=3e-4, tau=0.02, target_entropy_scale=-1.0,
-        policy_average_rate=2e-4, online_steps=17_500, warmup_steps=2_000, online_batch_size=256,
-        online_lr_scale=0.3, eval_every=2_500, eval_episodes=10,
+        policy_average_rate=2e-4, offline_cooldown=1 / 3, online_steps=17_500, warmup_steps=2_000,
+        online_batch_size=256, online_lr_scale=0.3, eval_every=2_500, eval_episodes=10,
     ),
     "small-adroit": dict(
         score_steps=12_000, score_batch_size=128, score_lr=1e-3, score_hidden=128, score_blocks=2,
         score_condition_hidden=(128, 128), offline_steps=15_000, num_critics=4, kappa=1.0,
         critic_hidden=(256, 256), policy_hidden=(256, 256), normalize_observations=True,
-        critic_lr=1e-3, policy_lr=3e-4, temperature_lr=3e-4, tau=0.02, awr_temperature=20.0,
-        bc_weight=0.2, online_steps=5_000, warmup_steps=1_000, online_batch_size=256,
-        online_lr_scale=0.3, eval_every=1_000,
+        critic_lr=1e-3, policy_lr=3e-4, temperature_lr=3e-4, tau=0.02, offline_cooldown=1 / 3,
+        online_steps=5_000, warmup_steps=1_000, online_batch_size=256, online_lr_scale=0.1,
+        awr_temperature=20.0, bc_weight=0.2, eval_every=1_000,
     ),
     "from-scratch": dict(
         num_critics=2, critic_hidden=(256, 256), critic_activation="relu",
@@ -493,6 +494,10 @@ class Agent(nn.Module):
         self.follow_policy()
         return dict(policy_loss=loss.detach())
 
+    def set_rates(self, scale: float) -> None:
+        set_lr(self.optimizers["critic"], scale * self.args.critic_lr)
+        set_lr(self.optimizers["policy"], scale * self.args.policy_lr)
+
     def follow_policy(self) -> None:
         follow(self.policy_target, self.policy, self.args.tau)
         follow(self.policy_average, self.policy, self.args.policy_average_rate)
@@ -529,12 +534,12 @@ class Agent(nn.Module):
     @torch.no_grad()
     def bound_cosine(self, dataset: "Replay", replay: "Replay") -> None:
         """--online-kappa auto: the critics shall keep the cosine at the hand-over, on states like
-        those of the batches, but for a tenth more of what it lacks to 1 (ours)."""
+        those of the batches, but for a fifth more of what it lacks to 1 (ours)."""
         from_dataset = round(2000 * self.args.offline_fraction)
         rows = torch.cat([replay.sample(2000 - from_dataset), dataset.sample(from_dataset)])
         s = dataset.unpack(rows).s
         missing = 1 - self.cosine(s, self.policy.sample(s)[0])
-        self.cosine_bound.copy_(1 - 1.1 * missing)
+        self.cosine_bound.copy_(1 - 1.2 * missing)
 
     def cosine(self, s: Tensor, a: Tensor) -> Tensor:
         gradient = self.critic.action_gradient(s, a).mean(0)
@@ -638,6 +643,8 @@ def main() -> None:
     for step in run.steps("offline", args.offline_steps if pretrains else 0):
         if step == 0:
             run.evaluate(0, agent.policy_average, eval_envs)
+        # at constant rates Q's maximum keeps jittering, and the policy with it (docs/smac.md)
+        agent.set_rates(1 + (args.online_lr_scale - 1) * cooled(step, args))
         metrics = agent.offline_update(dataset.unpack(dataset.sample(args.offline_batch_size)))
         if run.due(args.log_every):
             run.log(metrics | agent.cosines(dataset, replay))
@@ -649,8 +656,7 @@ def main() -> None:
     # ---- phase 3: the hand-over, and a plain online algorithm
     td3 = args.online_algorithm.startswith("td3")
     from_dataset = round(args.offline_fraction * args.online_batch_size)
-    set_lr(agent.optimizers["critic"], args.online_lr_scale * args.critic_lr)
-    set_lr(agent.optimizers["policy"], args.online_lr_scale * args.policy_lr)
+    agent.set_rates(args.online_lr_scale)
     set_lr(agent.optimizers["temperature"], args.temperature_lr)  # --init-from loads an old rate
     warned = False
     for step in run.steps("online", args.online_steps):
@@ -692,6 +698,14 @@ def main() -> None:
             run.evaluate(step + 1, agent.policy_average, eval_envs)
 
     run.finish(agent.policy_average)
+
+
+def cooled(step: int, args: Args) -> float:
+    """0 in most of pretraining; from 0 to 1 in its last --offline-cooldown."""
+    length = args.offline_cooldown * args.offline_steps
+    if length == 0:
+        return 0.0
+    return max(0.0, 1 - (args.offline_steps - step) / length)
 
 
 def min_max(returns: np.ndarray) -> np.ndarray:
