@@ -221,6 +221,29 @@ def test_rates_are_those_of_the_flags_and_online_their_share(start):
         assert rates == pytest.approx([rate] * len(rates)), name
 
 
+@pytest.mark.parametrize(
+    "cooldown, shares",
+    {
+        0.0: [0, 0, 0, 0, 0, 0],
+        0.5: [0, 0, 0, 0, 1 / 3, 2 / 3],
+        1.0: [0, 1 / 6, 2 / 6, 0.5, 4 / 6, 5 / 6],
+    }.items(),
+)
+def test_pretraining_cools_in_its_last_share(cooldown, shares):
+    args = smac.Args(offline_steps=6, offline_cooldown=cooldown)
+    assert [smac.cooled(step, args) for step in range(6)] == pytest.approx(shares)
+
+
+def test_rates_at_the_hand_over_are_nearly_the_online_ones(dataset, tmp_path):
+    """Of four updates two cool: the last has gone half of the way from 1 to 0.2."""
+    cooling = ["--offline-cooldown", 0.5, "--online-lr-scale", 0.2, "--runs-dir", tmp_path / "runs"]
+    folder = run_here(smac, "--dataset", dataset, *FEW, *cooling)
+    state = load(folder / "offline.pt")
+    for name, rate in dict(critic=0.6 * 3e-4, policy=0.6 * 1e-4, temperature=1e-4).items():
+        rates = [group["lr"].item() for group in state[name]["param_groups"]]
+        assert rates == pytest.approx([rate] * len(rates)), name
+
+
 def test_networks_of_another_script_go_online_too(reference, start, tmp_path):
     """Such a file has an agent with fewer parts, and no optimisers that fit."""
     state = load(reference / "offline.pt")
