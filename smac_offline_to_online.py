@@ -154,7 +154,7 @@ PRESETS = {
         critic_hidden=(256, 256), policy_hidden=(256, 256), normalize_observations=True,
         critic_lr=1e-3, policy_lr=3e-4, temperature_lr=3e-4, tau=0.02, offline_cooldown=1 / 3,
         online_steps=5_000, warmup_steps=1_000, online_batch_size=256, online_lr_scale=0.1,
-        awr_temperature=20.0, bc_weight=0.2, eval_every=1_000,
+        awr_temperature=20.0, bc_weight=0.2, exploration_noise=0.03, eval_every=1_000,
     ),
     "from-scratch": dict(
         num_critics=2, critic_hidden=(256, 256), critic_activation="relu",
