@@ -534,12 +534,11 @@ class Agent(nn.Module):
     @torch.no_grad()
     def bound_cosine(self, dataset: "Replay", replay: "Replay") -> None:
         """--online-kappa auto: the critics shall keep the cosine at the hand-over, on states like
-        those of the batches, but for a fifth more of what it lacks to 1 (ours)."""
+        those of the batches (ours)."""
         from_dataset = round(2000 * self.args.offline_fraction)
         rows = torch.cat([replay.sample(2000 - from_dataset), dataset.sample(from_dataset)])
         s = dataset.unpack(rows).s
-        missing = 1 - self.cosine(s, self.policy.sample(s)[0])
-        self.cosine_bound.copy_(1 - 1.2 * missing)
+        self.cosine_bound.copy_(self.cosine(s, self.policy.sample(s)[0]))
 
     def cosine(self, s: Tensor, a: Tensor) -> Tensor:
         gradient = self.critic.action_gradient(s, a).mean(0)
