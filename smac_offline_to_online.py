@@ -579,6 +579,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def main() -> None:
     args, task = parse_args()
     device = set_up(args)
+    if not 0 <= args.offline_cooldown <= 1:
+        sys.exit("error: --offline-cooldown is a share of the offline updates, from 0 to 1.")
     env, eval_envs = TaskEnv(task), [TaskEnv(task) for _ in range(args.eval_episodes)]
     env.reset(episode_seed(args.seed, TRAINING, 0))
     obs_dim, act_dim = len(env.obs), env.action_space.shape[0]

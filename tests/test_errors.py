@@ -84,6 +84,8 @@ CASES = [
     ("--preset hopper", "no preset hopper; auto; paper; small; from-scratch"),
     ("--dataset {dataset} --eval-episodes 0", "--eval-episodes; have to be 1 or more"),
     ("--dataset {dataset} --final-episodes 0", "--final-episodes have to be 1 or more"),
+    ("--dataset {dataset} --offline-cooldown 30", "--offline-cooldown is a share; from 0 to 1"),
+    ("--dataset {dataset} --offline-cooldown -0.1", "--offline-cooldown is a share"),
     ("--dataset {dataset} --score-steps 0", "no score to match; --score-steps; --kappa 0"),
     ("--offline-steps 0 --online-kappa 1", "no score to match; dataset"),
     ("--dataset {dataset} --device tpu", "--device tpu cannot be used here; --device cpu"),

@@ -20,7 +20,7 @@ import smac_offline_to_online as smac
 # Of counts.py. Lower a number where a script has become shorter; where one stands in the way of a
 # reader, the reader wins.
 CEILINGS = {
-    "smac_offline_to_online.py": dict(lines=1245, shared=505, network=192, tokens=13, dense=45),
+    "smac_offline_to_online.py": dict(lines=1246, shared=505, network=192, tokens=13, dense=45),
     "cal_ql.py": dict(lines=979, shared=505, network=160, tokens=13, dense=35),
     "iql.py": dict(lines=903, shared=505, network=160, tokens=13, dense=35),
     "td3_bc.py": dict(lines=878, shared=505, network=160, tokens=13, dense=35),
