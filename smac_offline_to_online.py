@@ -115,6 +115,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     threads: int = 1  # of the CPU; matrices this small gain little from more
     compile: bool = False  # torch.compile the updates (a minute; needs a C++ compiler)
+    cuda_graphs: bool = True  # on a GPU: each update is recorded once and replayed
     log_every: int = 500
     eval_every: int = 10_000
     eval_episodes: int = 20
@@ -622,23 +623,28 @@ def main() -> None:
     needs_score = needs_score and not agent.score_model.fitted
     if needs_score and not args.resume and (from_scratch or args.score_steps == 0):
         sys.exit("error: no score to match: needs a dataset and --score-steps, or --kappa 0.")
-    if args.compile:
-        agent.offline_update = compiled(agent.offline_update)
-        agent.online_update = compiled(agent.online_update)
+    agent.offline_update = accelerated(agent.offline_update, args)
+    agent.online_update = accelerated(agent.online_update, args)
     run = Run(args, task, networks, dict(model=model, fit=fit, replay=replay, env=env))
 
     # ---- phase 1: the score of the dataset's actions
     needs_score = needs_score and not agent.score_model.fitted
+
+    def fit_score(s: Tensor, a: Tensor, w: Tensor) -> dict[str, Tensor]:
+        loss = model.loss(s, a, w)
+        descend(loss, fit)
+        return dict(loss=loss.detach())
+
+    fit_score = recorded(fit_score, args)
     for step in run.steps("score", args.score_steps if needs_score else 0):
         decay = 0.5 * (1 + math.cos(math.pi * step / args.score_steps))
         set_lr(fit, args.score_lr * decay)
         i = torch.randint(len(s), (args.score_batch_size,), device=device)
-        loss = model.loss(s[i], a[i], w[i])
-        descend(loss, fit)
+        metrics = fit_score(s[i], a[i], w[i])
         follow(agent.score_model, model, max(1e-3, 1 / (step + 1)))  # IDQL's, faster at the start
         agent.score_model.fitted.fill_(step + 1 == args.score_steps)
         if run.due(args.log_every):
-            run.log(dict(loss=loss.detach()))
+            run.log(metrics)
 
     # ---- phase 2: score-matched pretraining
     for step in run.steps("offline", args.offline_steps if pretrains else 0):
@@ -740,9 +746,11 @@ def load_networks(networks: dict, path: str, dataset: "Replay") -> None:
 
 
 # ============================== shared: the same in all four scripts ==============================
-RESUME_MAY_CHANGE = ("resume", "online_steps", "device", "threads", "compile", "track", "log_every")
-RESUME_MAY_CHANGE += ("eval_every", "eval_episodes", "final_episodes", "checkpoint_every")
-RESUME_MAY_CHANGE += ("keep_every",)
+RESUME_MAY_CHANGE = ("resume", "online_steps", "device", "threads", "compile", "cuda_graphs")
+RESUME_MAY_CHANGE += ("track", "log_every", "eval_every", "eval_episodes", "final_episodes")
+RESUME_MAY_CHANGE += ("checkpoint_every", "keep_every")
+THIS_RUN_ALONE = ("online_steps", "device", "threads", "compile", "cuda_graphs", "runs_dir")
+THIS_RUN_ALONE += ("track",)  # --init-from does not take them over
 
 
 def parse_args() -> tuple[Args, "Task"]:
@@ -760,7 +768,7 @@ def parse_args() -> tuple[Args, "Task"]:
         # of this script's file all flags but those of that run alone, of another's the networks'
         names = NETWORK_ARGS if saved["algorithm"] != ALGORITHM else saved["args"]
         kept = {name: saved["args"][name] for name in names if name in saved["args"]}
-        for name in ("online_steps", "device", "threads", "compile", "runs_dir", "track"):
+        for name in THIS_RUN_ALONE:
             kept.pop(name, None)
     task = read_task(find_dataset(given.dataset))
     preset = given.preset
@@ -828,7 +836,18 @@ def set_up(args: Args) -> torch.device:
     try:
         return torch.zeros((), device=args.device).device
     except (RuntimeError, AssertionError) as error:
-        sys.exit(f"error: --device {args.device} cannot be used here ({error}): try --device cpu.")
+        why = str(error).splitlines()[0]
+        sys.exit(f"error: --device {args.device} cannot be used here ({why}): try --device cpu.")
+
+
+def accelerated(update, args: Args):
+    """The update, compiled and recorded as the flags say."""
+    return recorded(compiled(update) if args.compile else update, args)
+
+
+def recorded(update, args: Args):
+    on_gpu = torch.device(args.device).type == "cuda"
+    return Recorded(update) if on_gpu and args.cuda_graphs else update
 
 
 def compiled(update):
@@ -838,6 +857,45 @@ def compiled(update):
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
     torch._inductor.config.fallback_random = True
     return torch.compile(update, dynamic=False)
+
+
+class Recorded:
+    """An update whose kernels a GPU starts all at once, as a CUDA graph: to launch them one by one
+    takes longer than to run them (docs/speed.md).
+
+    update(*inputs, **flags): inputs are tensors or tuples of tensors. Each value of the flags and
+    each shape has a graph of its own; the first three calls run as usual, as torch wants it before
+    a recording. The next call overwrites what the one before has returned."""
+
+    def __init__(self, update):
+        self.update = update
+        self.calls, self.graphs, self.inputs, self.outputs = {}, {}, {}, {}
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs, **flags):
+        new = leaves(inputs)
+        key = (*flags.values(), *(x.shape for x in new))
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.update(*inputs, **flags)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if key not in self.graphs:
+            self.graphs[key], self.inputs[key] = torch.cuda.CUDAGraph(), new
+            with torch.cuda.graph(self.graphs[key]):  # this runs nothing yet
+                self.outputs[key] = self.update(*inputs, **flags)
+        torch._foreach_copy_(self.inputs[key], new)
+        self.graphs[key].replay()
+        return self.outputs[key]
+
+
+def leaves(inputs) -> list[Tensor]:
+    """The tensors in tuples of tensors."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    return sum(map(leaves, inputs), [])
 
 
 # ---- data: the files that data/prepare.py writes (docs/data.md)

@@ -98,7 +98,7 @@ def make_replay(columns: dict[str, np.ndarray], device="cpu") -> smac.Replay:
     return replay
 
 
-def build(row: str, compile: bool = False, device="cpu", **changes):
+def build(row: str, compile: bool = False, device="cpu", record: bool = False, **changes):
     """A script's agent at the sizes above, and update(batch), its next update."""
     script, flags = ROWS[row]
     torch.manual_seed(0)
@@ -109,11 +109,13 @@ def build(row: str, compile: bool = False, device="cpu", **changes):
         name = "offline_update" if row == "SMAC" else "online_update"
     if compile:
         setattr(agent, name, script.compiled(getattr(agent, name)))
+    if record:
+        setattr(agent, name, script.Recorded(getattr(agent, name)))
     update, number, one = getattr(agent, name), itertools.count(1), torch.ones((), device=device)
     if row in ("SAC", "TD3"):
-        return agent, lambda batch: update(batch, next(number) % 2 == 0)
+        return agent, lambda batch: update(batch, policy_turn=next(number) % 2 == 0)
     if row == "TD3+BC":
-        return agent, lambda batch: update(batch, one, next(number) % 2 == 0)
+        return agent, lambda batch: update(batch, one, policy_turn=next(number) % 2 == 0)
     return agent, update
 
 
@@ -298,7 +300,7 @@ def take_turns(steps: dict, args: Args) -> dict:
     rounds, share = (5, 0.3) if args.quick else (11, 1.0)
     n = {}
     for key in steps:
-        seconds(key, 2)  # memory, algorithms, graphs: both of TD3's kinds of update
+        seconds(key, 8)  # memory, algorithms, graphs: both of TD3's kinds of update
         n[key] = 2 * max(1, round(share / seconds(key, 2) / 2))  # even, for the same reason
     turns = [{key: seconds(key, n[key]) for key in steps} for _ in range(rounds)]
     return {key: [turn[key] for turn in turns] for key in steps}
@@ -316,11 +318,18 @@ def updates_table(args: Args) -> list[dict]:
     columns = transitions(10_000 if args.quick else 100_000)
     replay = make_replay(columns, args.device)
     A, B = torch.randn(2, 256, 256, device=args.device)
+    on_gpu = args.device.startswith("cuda")
     steps, names = {("sgemm", ""): lambda: A @ B}, {}
     for row in args.only:
         steps[row, "eager"] = step_of(build(row, device=args.device)[1], replay)
         if args.compile:
             steps[row, "compiled"] = step_of(build(row, True, args.device)[1], replay)
+        if on_gpu:  # as the scripts run there
+            recorded = build(row, device=args.device, record=True)[1]
+            steps[row, "recorded"] = step_of(recorded, replay)
+        if on_gpu and args.compile:
+            recorded = build(row, True, args.device, record=True)[1]
+            steps[row, "compiled, recorded"] = step_of(recorded, replay)
         if row == "SMAC":
             naive = NaiveSMAC(build(row, device=args.device)[0])
             steps[row, "naive"] = step_of(naive.update, replay)
@@ -332,12 +341,13 @@ def updates_table(args: Args) -> list[dict]:
             names[row] = f"{distribution} {importlib.metadata.version(distribution)}"
         except ImportError as error:
             print(f"{row}: without {distribution}, which is not installed ({error}).")
-    work = {key: flops(step) for key, step in steps.items() if key[1] != "compiled"}
+    plain = ("", "eager", "naive", "peer")
+    work = {key: flops(step) for key, step in steps.items() if key[1] in plain}
     seconds, table = take_turns(steps, args), []
     limit = 2 * 256**3 / statistics.median(seconds.pop(("sgemm", ""))) / 1e9
     for (row, kind), times in seconds.items():
         others = seconds.get((row, "peer"), seconds.get((row, "naive")))
-        gflop = work[row, "eager" if kind == "compiled" else kind] / 1e9
+        gflop = work[row, kind if kind in plain else "eager"] / 1e9
         speed = gflop / statistics.median(times)
         line = dict(table="updates", row=row, contender=names[row] if kind == "peer" else kind)
         line |= spread([1 / t for t in times]) | dict(unit="updates/s", gflop=gflop)

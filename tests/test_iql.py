@@ -270,7 +270,8 @@ def test_init_from_takes_networks_their_shape_and_the_flags_rates(finished, data
     start = load(finished.folder / "offline.pt")
     begin = ["--init-from", finished.folder / "offline.pt", "--runs-dir", tmp_path]
     folder = run_here(iql, *begin, "--online-steps", 30, "--policy-lr", 1e-5)
-    assert evaluations(folder, "online", 0) == evaluations(finished.folder, "offline", 50)
+    before, after = evaluations(finished.folder, "offline", 50), evaluations(folder, "online", 0)
+    torch.testing.assert_close(after, before)  # a GPU does not always add in the same order
     end = load(folder / "last.pt")
     assert same(end["agent"], start["agent"])  # all of it was warm start
     assert same(end["policy"]["state"], start["policy"]["state"])

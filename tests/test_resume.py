@@ -291,6 +291,18 @@ def test_a_run_from_scratch_cannot_get_a_pretraining(dataset, tmp_path):
         run_here(smac, "--resume", folder, "--offline-steps", 50)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_a_run_that_was_stopped_ends_like_one_that_was_not(dataset, tmp_path):
+    """With recorded updates: their random numbers go on where they were."""
+    gpu = ["--device", "cuda", "--cuda-graphs"]
+    whole = run_here(smac, *flags(dataset, tmp_path / "a"), *gpu)
+    half = run_here(smac, *flags(dataset, tmp_path / "b"), *gpu, "--online-steps", 60)
+    run_here(smac, "--resume", half, "--online-steps", 80)
+    ends = [load(folder / "last.pt") for folder in (whole, half)]
+    for name in ("agent", "replay", "critic", "policy", "cuda_rng"):
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_other_devices_and_threads_may_go_on(reference):
     more = ["--threads", 2, "--device", "cuda", "--compile", "--checkpoint-every", 9, "--track"]
     args, _ = parse("--resume", reference, *more, "--eval-episodes", 3, "--keep-every", 10)

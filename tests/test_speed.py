@@ -1,6 +1,7 @@
 """The work of an update step, which a machine's noise does not change: matrix products, copies,
 graphs, waits. And SMAC's update against the naive one of experiments/speed.py."""
 
+import contextlib
 import csv
 import itertools
 import os
@@ -257,6 +258,51 @@ def test_an_update_never_waits_for_the_gpu(row):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("row", PRODUCTS)
+def test_a_recorded_update_computes_what_the_plain_one_does(row):
+    """Two shapes of a batch, and TD3's two kinds of update: several graphs of one update."""
+    replay = speed.make_replay(speed.transitions(1000), "cuda")
+    runs = []
+    for record in (False, True):
+        agent, update = speed.build(row, device="cuda", record=record)
+        torch.manual_seed(1)
+        for size in [64] * 12 + [32] * 12:
+            metrics = update(replay.unpack(replay.sample(size)))
+        runs.append((metrics, agent.state_dict(), torch.rand(3, device="cuda")))
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_recordings_are_kept_apart_by_flags_and_shapes(monkeypatch):
+    """Without a GPU: a replayed graph calls the update with the tensors of its recording."""
+    calls = []
+
+    def update(pair, number, turn):
+        calls.append((pair, number, turn))
+        return number + 1
+
+    class Graph:
+        def replay(self):
+            update(*self.recorded)
+
+    @contextlib.contextmanager
+    def recording(graph):
+        yield
+        graph.recorded = calls.pop()
+
+    fake = dict(Stream=mock.Mock, CUDAGraph=Graph, graph=recording, current_stream=mock.Mock)
+    for name, thing in dict(fake, stream=lambda stream: contextlib.nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, thing)
+    recorded = smac.Recorded(update)
+    for i, n, turn in itertools.product(range(6), (2, 3), (False, True)):
+        pair = (torch.full((n,), float(i)), torch.full((1, n), 10.0 * i))
+        recorded(pair, torch.tensor(100.0 * i), turn=turn)
+        (x, y), number, was = calls[-1]
+        assert x.tolist() == [i] * n and y.tolist() == [[10 * i] * n]
+        assert number == 100 * i and was == turn
+    assert len(recorded.graphs) == 4 and len(calls) == 6 * 4
 
 
 # ---- the measurement
