@@ -2,7 +2,7 @@
 
     python experiments/speed.py --quick                # three minutes on a calm machine
     python experiments/speed.py --compile --sweep      # everything; compiling takes a minute a row
-    python experiments/speed.py --device cuda --compile
+    python experiments/speed.py --quick --device cuda --paper        # and at the paper's sizes
     python experiments/speed.py --quick --clock cpu    # on a busy machine: the thread's own time
 
 Batch 256, two critics, hidden layers 256 x 256, 11 observations, 3 actions, float32, sampling
@@ -17,6 +17,7 @@ that are not installed are left out (requirements-peers.txt).
 import contextlib
 import copy
 import csv
+import functools
 import importlib.metadata
 import io
 import itertools
@@ -51,6 +52,7 @@ class Args:
     quick: bool = False  # 5 rounds of 0.3 seconds a contender; without: 11 of a second
     compile: bool = False  # also measure the compiled updates (needs a C++ compiler)
     sweep: bool = False  # also time against the sizes of dataset and ensemble, with a figure
+    paper: bool = False  # also SMAC's updates at the sizes of the presets paper and adroit
     only: tuple[Row, ...] = get_args(Row)  # which rows
     device: str = "cpu"
     threads: int = 1  # CPU threads
@@ -119,8 +121,8 @@ def build(row: str, compile: bool = False, device="cpu", record: bool = False, *
     return agent, update
 
 
-def step_of(update, replay: smac.Replay):
-    return lambda: update(replay.unpack(replay.sample(BATCH)))
+def step_of(update, replay: smac.Replay, batch: int = BATCH):
+    return lambda: update(replay.unpack(replay.sample(batch)))
 
 
 # ---- SMAC, naively: the reference that the fast update is tested against
@@ -383,6 +385,33 @@ def muon_table(args: Args) -> list[dict]:
     return table
 
 
+def paper_table(args: Args) -> list[dict]:
+    """SMAC, offline and online (SAC with the term), with the observations and actions of Hopper and
+    of door. On a GPU also recorded, as the script does it."""
+    kinds, steps = {"eager": lambda update: update}, {}
+    if args.device.startswith("cuda"):
+        kinds["recorded"] = smac.Recorded
+    for preset, obs, act in (("paper", 11, 3), ("adroit", 39, 28)):
+        flags = smac.Args(**smac.PRESETS[preset])
+        replay = smac.Replay(100_000, obs, act, torch.device(args.device))
+        replay.rows.uniform_()
+        replay.n = len(replay.rows)
+        for kind, wrapped in kinds.items():
+            with torch.device(args.device):
+                agent = smac.Agent(obs, act, flags)
+            offline = wrapped(agent.offline_update)
+            online = functools.partial(wrapped(agent.online_update), policy_turn=True)
+            steps[f"{preset}, offline", kind] = step_of(offline, replay, flags.offline_batch_size)
+            steps[f"{preset}, online", kind] = step_of(online, replay, flags.online_batch_size)
+    table, seconds = [], take_turns(steps, args)
+    for (row, kind), times in seconds.items():
+        line = dict(table="paper", row=row, contender=kind, unit="updates/s")
+        line |= spread([1 / t for t in times])
+        line["ratio"] = statistics.median(e / t for e, t in zip(seconds[row, "eager"], times))
+        table.append(line)
+    return table
+
+
 def sweep_table(args: Args) -> list[dict]:
     """Milliseconds an update against rows of the dataset and members of the ensemble."""
     steps = {}
@@ -444,6 +473,8 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table = updates_table(args) + muon_table(args)
+    if args.paper:
+        table += paper_table(args)
     if args.sweep:
         sizes = sweep_table(args)
         sizes_figure(sizes, args.out.with_suffix(".png"))

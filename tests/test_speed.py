@@ -328,7 +328,10 @@ def test_the_table_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "transitions", lambda n: small)
     gone = mock.Mock(side_effect=ImportError("gone"))
     monkeypatch.setitem(speed.PEERS, "TD3+BC", ("no-such-library", gone))
+    for preset in ("paper", "adroit"):
+        monkeypatch.setitem(smac.PRESETS, preset, SIZES | SCORE)
     words = ["speed.py", "--quick", "--only", "TD3+BC", "SMAC", "--out", f"{tmp_path}/s.csv"]
+    words.append("--paper")
     monkeypatch.setattr(sys, "argv", words)
     speed.main()
     assert "TD3+BC: without no-such-library" in capsys.readouterr().out
@@ -338,6 +341,7 @@ def test_the_table_is_written(tmp_path, monkeypatch, capsys):
     ours = one["SMAC", "eager"]
     assert [float(ours[key]) for key in ("value", "low", "high", "ratio")] == [0.5, 0.25, 1.0, 2.0]
     assert float(ours["gflop"]) == pytest.approx(PRODUCTS["SMAC"] / 1e9, rel=1e-3)
+    assert one["adroit, online", "eager"]["value"] == "0.5"
     assert one["TD3+BC", "eager"]["ratio"] == "" and ("TD3+BC", "peer") not in one
     assert ours["torch"] == torch.__version__ and ours["threads"] == "1"
     sigma = [float(one["2 x 256 x 256", "ours"][f"sigma_{x}"]) for x in ("5", "50", "max")]
