@@ -561,10 +561,13 @@ def set_up(args: Args) -> torch.device:
     if args.device == "cpu" and avx512 and not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision("medium")
     try:
-        return torch.zeros((), device=args.device).device
+        device = torch.zeros((), device=args.device).device
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         sys.exit(f"error: --device {args.device} cannot be used here ({why}): try --device cpu.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where graphs are recorded
+    return device
 
 
 def accelerated(update, args: Args):
