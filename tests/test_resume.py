@@ -24,6 +24,7 @@ KILLS = dict(score=34, offline=37, online=44)
 # A process for each phase, killed at a call of its update; one that forks, so that one imports.
 KILLED = """
 import os, signal, sys
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else CUDA starts here, and not in the children
 from torch.utils.tensorboard import SummaryWriter
 import smac_offline_to_online as smac
 def kill_at(call, owner, name):
@@ -298,9 +299,9 @@ def test_on_a_gpu_a_run_that_was_stopped_ends_like_one_that_was_not(dataset, tmp
     whole = run_here(smac, *flags(dataset, tmp_path / "a"), *gpu)
     half = run_here(smac, *flags(dataset, tmp_path / "b"), *gpu, "--online-steps", 60)
     run_here(smac, "--resume", half, "--online-steps", 80)
-    ends = [load(folder / "last.pt") for folder in (whole, half)]
-    for name in ("agent", "replay", "critic", "policy", "cuda_rng"):
-        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-4, msg=name)
+    ends = load(whole / "last.pt"), load(half / "last.pt")
+    whole, half = [(x["agent"], x["replay"], x["policy"]["state"], x["cuda_rng"]) for x in ends]
+    torch.testing.assert_close(half, whole, rtol=1e-3, atol=1e-4)
 
 
 def test_other_devices_and_threads_may_go_on(reference):
