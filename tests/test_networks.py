@@ -78,7 +78,8 @@ def test_normalisation_is_the_identity_until_fitted_and_then_in_the_checkpoint()
     mean, std = states.mean(0), states.std(0) + 1e-3
     torch.testing.assert_close(policy.mode(s * std + mean), raw)
     names = agent_of().state_dict().keys()
-    for network in ("policy", "policy_average", "policy_target", "critic", "critic_target"):
+    policies, critics = ("policy", "policy_average", "policy_target"), ("critic", "critic_average")
+    for network in (*policies, *critics, "critic_target"):
         assert {f"{network}.normalize.mean", f"{network}.normalize.std"} <= names
 
 
@@ -175,7 +176,7 @@ def test_muon_gets_the_matrices_between_hidden_layers_alone(name, shapes):
 
 
 ALL = {"critic", "critic_target", "policy", "policy_target", "policy_average"}
-OFFLINE = ALL | {"log_temperature"}
+OFFLINE = ALL | {"critic_average", "log_temperature"}
 
 
 @pytest.mark.parametrize(
@@ -213,9 +214,9 @@ def test_what_an_online_update_moves(algorithm, policy_turn):
 
 
 def test_targets_and_average_follow_at_their_rates():
-    agent = agent_of(tau=0.1, policy_average_rate=0.2, critic_lr=0.1, policy_lr=0.1)
+    agent = agent_of(tau=0.1, average_rate=0.2, critic_lr=0.1, policy_lr=0.1)
     followers = dict(critic_target=(agent.critic, 0.1), policy_target=(agent.policy, 0.1))
-    followers["policy_average"] = (agent.policy, 0.2)
+    followers.update(policy_average=(agent.policy, 0.2), critic_average=(agent.critic, 0.2))
     before = copy.deepcopy(agent)
     agent.offline_update(batch_of(BATCH))
     for name, (source, rate) in followers.items():
