@@ -844,7 +844,8 @@ class Run:
     """A run's folder: config.json, this script, two tables, TensorBoard, checkpoints, curve.png.
 
     `steps` walks through a phase. last.pt holds all of `state`, the random generator and the length
-    of the tables: a run killed at any moment and resumed ends bit for bit like one that was not."""
+    of the tables: a run killed at any moment and resumed ends like one that was not, on a CPU bit
+    for bit."""
 
     def __init__(self, args: Args, task: Task, networks: dict, rest: dict, label=ALGORITHM):
         self.args, self.task, self.networks, self.state = args, task, networks, networks | rest

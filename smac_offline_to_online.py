@@ -23,10 +23,10 @@ Pretrain an actor-critic on a fixed dataset, so that online RL goes on from it w
             E (Q(s, a) - y)^2 + kappa E || grad_b Q(s, b) - alpha score(s, b) ||^2;
             a is the dataset's action, b half the policy's, half uniform. alpha says how steeply Q
             falls away from the data; it is not SAC's temperature.
-3. online:  the hand-over: a plain online algorithm (SAC, TD3, TD3+BC or AWR) takes the critics, the
-            running average of the policy and the optimisers, and learns on. Q already falls away
-            from the data: nothing to unlearn. By default score matching stays on, with a learned
-            weight (ours); --online-kappa 0 is the paper's plain algorithm.
+3. online:  the hand-over: a plain online algorithm (SAC, TD3, TD3+BC or AWR) takes the critics and
+            the policy, a running average of each, and the optimisers, and learns on. Q already
+            falls away from the data: nothing to unlearn. By default score matching stays on, with a
+            learned weight (ours); --online-kappa 0 is the paper's plain algorithm.
 
 The file has this order: flags, networks, updates, the three phases in main(), and last what has
 nothing to do with SMAC. docs/smac.md says where it departs from the paper, and why.
@@ -344,8 +344,9 @@ class ScoreModel(nn.Module):
 class Agent(nn.Module):
     """All networks, and the updates of phases 2 and 3. They return tensors: no wait for the GPU.
 
-    `policy` is trained, and collects. `policy_average`, its slow average, is evaluated and handed
-    over: from one update to the next the policy itself jumps by up to 20 points (docs/smac.md)."""
+    `policy` is trained, and collects. `policy_average`, its slow average, is evaluated: from one
+    update to the next the policy itself jumps by up to 20 points, and the critics' maximum with it.
+    So both averages are handed over, `critic_average` too (docs/smac.md)."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -380,7 +381,6 @@ class Agent(nn.Module):
             target = self.td_target(batch, self.policy.sample(batch.s_next)[0])
         metrics = self.critic_update(batch, target, self.args.kappa)
         follow(self.critic_target, self.critic, self.args.tau)
-        follow(self.critic_average, self.critic, self.args.average_rate)
         return metrics | self.sac_policy_update(batch.s)
 
     def online_update(self, batch: "Batch", policy_turn: bool) -> dict[str, Tensor]:
@@ -434,6 +434,7 @@ class Agent(nn.Module):
             metrics.update(sm_loss=sm_loss, alpha=alpha.mean(), cosine_batch=cosine)
             loss = td_loss + kappa * sm_loss
         descend(loss, self.optimizers["critic"])
+        follow(self.critic_average, self.critic, self.args.average_rate)
         return detached(metrics)
 
     def score_matching_loss(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1123,7 +1124,8 @@ class Run:
     """A run's folder: config.json, this script, two tables, TensorBoard, checkpoints, curve.png.
 
     `steps` walks through a phase. last.pt holds all of `state`, the random generator and the length
-    of the tables: a run killed at any moment and resumed ends bit for bit like one that was not."""
+    of the tables: a run killed at any moment and resumed ends like one that was not, on a CPU bit
+    for bit."""
 
     def __init__(self, args: Args, task: Task, networks: dict, rest: dict, label=ALGORITHM):
         self.args, self.task, self.networks, self.state = args, task, networks, networks | rest
