@@ -23,10 +23,10 @@ Pretrain an actor-critic on a fixed dataset, so that online RL goes on from it w
             E (Q(s, a) - y)^2 + kappa E || grad_b Q(s, b) - alpha score(s, b) ||^2;
             a is the dataset's action, b half the policy's, half uniform. alpha says how steeply Q
             falls away from the data; it is not SAC's temperature.
-3. online:  the hand-over: a plain online algorithm (SAC, TD3, TD3+BC or AWR) takes the critics and
-            the policy, a running average of each, and the optimisers, and learns on. Q already
-            falls away from the data: nothing to unlearn. By default score matching stays on, with a
-            learned weight (ours); --online-kappa 0 is the paper's plain algorithm.
+3. online:  the hand-over: a plain online algorithm (SAC, TD3, TD3+BC or AWR) takes the critics, the
+            running average of the policy and the optimisers, and learns on. Q already falls away
+            from the data: nothing to unlearn. By default score matching stays on, with a learned
+            weight (ours); --online-kappa 0 is the paper's plain algorithm.
 
 The file has this order: flags, networks, updates, the three phases in main(), and last what has
 nothing to do with SMAC. docs/smac.md says where it departs from the paper, and why.
@@ -91,7 +91,7 @@ class Args:
     target_entropy_scale: float = -10.0  # of one action dimension: sigma near 1e-5. SAC: -1
     gamma: float = 0.99
     tau: float = 0.005  # rate of the target networks
-    average_rate: float = 0.001  # of the averages of policy and critics (ours); 1: no averaging
+    policy_average_rate: float = 0.001  # of the averaged policy (ours); 1: no averaging
     kappa: float = 40.0  # weight of score matching
     alpha_mode: Literal["scaled", "learned"] = "scaled"  # learned: a network alpha(s), the paper's
     alpha_scale: float = 0.015  # scaled: alpha = alpha_scale * running mean |y| (ours)
@@ -146,7 +146,7 @@ PRESETS = {
         score_condition_hidden=(128, 128), offline_steps=30_000, num_critics=4, kappa=1.0,
         critic_hidden=(128, 128), policy_hidden=(128, 128), normalize_observations=True,
         critic_lr=1e-3, policy_lr=3e-4, temperature_lr=3e-4, tau=0.02, target_entropy_scale=-1.0,
-        average_rate=2e-4, offline_cooldown=1 / 3, online_steps=17_500, warmup_steps=2_000,
+        policy_average_rate=2e-4, offline_cooldown=1 / 3, online_steps=17_500, warmup_steps=2_000,
         online_batch_size=256, online_lr_scale=0.3, eval_every=2_500, eval_episodes=10,
     ),
     "small-adroit": dict(
@@ -160,7 +160,7 @@ PRESETS = {
     "from-scratch": dict(
         num_critics=2, critic_hidden=(256, 256), critic_activation="relu",
         policy_hidden=(256, 256), policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0,
-        average_rate=1.0, optimizer="adam", online_kappa=0.0, backup_entropy=True,
+        policy_average_rate=1.0, optimizer="adam", online_kappa=0.0, backup_entropy=True,
         offline_fraction=0.0, online_steps=1_000_000, online_batch_size=256, eval_every=5_000,
         eval_episodes=10,
     ),
@@ -344,9 +344,8 @@ class ScoreModel(nn.Module):
 class Agent(nn.Module):
     """All networks, and the updates of phases 2 and 3. They return tensors: no wait for the GPU.
 
-    `policy` is trained, and collects. `policy_average`, its slow average, is evaluated: from one
-    update to the next the policy itself jumps by up to 20 points, and the critics' maximum with it.
-    So both averages are handed over, `critic_average` too (docs/smac.md)."""
+    `policy` is trained, and collects. `policy_average`, its slow average, is evaluated and handed
+    over: from one update to the next the policy itself jumps by up to 20 points (docs/smac.md)."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -357,7 +356,6 @@ class Agent(nn.Module):
         self.policy_average = copy.deepcopy(self.policy).requires_grad_(False)
         self.policy_target = copy.deepcopy(self.policy).requires_grad_(False)  # for TD3's targets
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.critic_average = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))  # SAC's weight of the entropy
         self.alpha_net = mlp([obs_dim, 256, 256]).append(linear(256, 1))  # --alpha-mode learned
         self.register_buffer("q_scale", torch.zeros(()))  # running mean |y|: alpha grows from 0
@@ -434,7 +432,6 @@ class Agent(nn.Module):
             metrics.update(sm_loss=sm_loss, alpha=alpha.mean(), cosine_batch=cosine)
             loss = td_loss + kappa * sm_loss
         descend(loss, self.optimizers["critic"])
-        follow(self.critic_average, self.critic, self.args.average_rate)
         return detached(metrics)
 
     def score_matching_loss(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -504,7 +501,7 @@ class Agent(nn.Module):
 
     def follow_policy(self) -> None:
         follow(self.policy_target, self.policy, self.args.tau)
-        follow(self.policy_average, self.policy, self.args.average_rate)
+        follow(self.policy_average, self.policy, self.args.policy_average_rate)
 
     @torch.no_grad()
     def act(self, s: Tensor, noisy_mode: bool) -> Tensor:
@@ -606,8 +603,7 @@ def main() -> None:
         agent.score_model.normalize.fit(s)
         if args.normalize_observations:
             policies = agent.policy, agent.policy_average, agent.policy_target
-            critics = agent.critic, agent.critic_average, agent.critic_target
-            for network in (*policies, *critics):
+            for network in (*policies, agent.critic, agent.critic_target):
                 network.normalize.fit(s)
     networks = dict(agent=agent, **agent.optimizers)
     if args.init_from and not args.resume:
@@ -674,8 +670,6 @@ def main() -> None:
         if step == 0:  # what was evaluated is what collects the warm start and goes on
             agent.policy.load_state_dict(agent.policy_average.state_dict())
             agent.policy_target.load_state_dict(agent.policy_average.state_dict())
-            agent.critic.load_state_dict(agent.critic_average.state_dict())
-            agent.critic_target.load_state_dict(agent.critic_average.state_dict())
             run.evaluate(0, agent.policy_average, eval_envs)
         learning = step >= args.warmup_steps
 
@@ -747,7 +741,6 @@ def load_networks(networks: dict, path: str, dataset: "Replay") -> None:
     load_parts(dict(agent=agent), dict(agent=state), path)
     agent.policy_average.load_state_dict(agent.policy.state_dict())
     agent.policy_target.load_state_dict(agent.policy.state_dict())
-    agent.critic_average.load_state_dict(agent.critic.state_dict())
     every_100th = dataset.unpack(dataset.rows[::100])
     agent.q_scale.copy_(agent.critic(every_100th.s, every_100th.a).detach().abs().mean())
 

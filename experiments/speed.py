@@ -169,7 +169,6 @@ class NaiveSMAC:
         members = range(self.args.num_critics)
         self.critics = nn.ModuleList(unstack(self.agent.critic, i) for i in members)
         self.targets = nn.ModuleList(unstack(self.agent.critic_target, i) for i in members)
-        self.averages = nn.ModuleList(unstack(self.agent.critic_average, i) for i in members)
         hidden = [layer.weight for critic in self.critics for layer in critic[2:-1:2]]
         self.critic_optimizer = NaiveMuon(self.critics, hidden, self.args.critic_lr)
         trunk = [layer.weight for layer in self.policy.trunk[2::2]]
@@ -218,8 +217,7 @@ class NaiveSMAC:
         self.adam.step()
         follow(self.targets, self.critics, self.args.tau)
         follow(self.agent.policy_target, self.policy, self.args.tau)
-        follow(self.agent.policy_average, self.policy, self.args.average_rate)
-        follow(self.averages, self.critics, self.args.average_rate)
+        follow(self.agent.policy_average, self.policy, self.args.policy_average_rate)
         return dict(td_loss=td_loss.detach(), sm_loss=sm_loss.detach(), policy_loss=loss.detach())
 
 

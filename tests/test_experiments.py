@@ -349,7 +349,7 @@ def test_the_numbers_of_a_report_by_hand(numbers, tmp_path, monkeypatch):
 
 def test_a_report_has_the_numbers_that_the_script_prints(dataset, tmp_path, monkeypatch, capsys):
     flags = ["--dataset", dataset, "--runs-dir", tmp_path, *TINY, "--eval-every", 10]
-    run_here(smac, *flags, "--average-rate", 0.1, "--policy-lr", 0.01)
+    run_here(smac, *flags, "--policy-average-rate", 0.1, "--policy-lr", 0.01)
     out = capsys.readouterr().out
     make_report(monkeypatch, tmp_path / "out", tmp_path)
     (row,) = rows_of(tmp_path / "out" / "each.csv")

@@ -20,7 +20,7 @@ import smac_offline_to_online as smac
 # Of counts.py. Lower a number where a script has become shorter; where one stands in the way of a
 # reader, the reader wins.
 CEILINGS = {
-    "smac_offline_to_online.py": dict(lines=1315, shared=561, network=193, tokens=13, dense=48),
+    "smac_offline_to_online.py": dict(lines=1308, shared=561, network=193, tokens=13, dense=48),
     "cal_ql.py": dict(lines=1035, shared=561, network=161, tokens=13, dense=35),
     "iql.py": dict(lines=959, shared=561, network=161, tokens=13, dense=35),
     "td3_bc.py": dict(lines=934, shared=561, network=161, tokens=13, dense=35),
