@@ -592,7 +592,8 @@ def read_cosines(run: Run, phase: str) -> dict[str, dict[int, float]]:
     source = run.parent if run.parent and phase == "offline" else run
     cosines: dict[str, dict[int, float]] = {}
     for row in source.cosines:
-        if row["phase"] == phase:
+        # not `collected`, which is a return
+        if row["phase"] == phase and row["name"].startswith("cosine_"):
             curve = cosines.setdefault(row["name"].removeprefix("cosine_"), {})
             curve[int(row["step"])] = float(row["value"])
     return cosines

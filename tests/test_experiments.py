@@ -421,6 +421,10 @@ def test_a_run_from_a_checkpoint_has_the_offline_phase_of_the_other(numbers):
     (child,) = [run for run in report.read_runs((numbers,)) if run.config["init_from"]]
     assert child.offline == "IQL" and child.curve("offline") == {0: 2, 10: 66}
     assert report.read_cosines(child, "offline")["data"] == {5: 0.05, 10: 0.1}
+    rows = [("cosine_collected", 5, "0.5"), ("collected", 6, "93"), ("online_kappa", 6, "1")]
+    for name, step, value in rows:
+        child.cosines.append(dict(phase="online", step=step, name=name, value=value))
+    assert report.read_cosines(child, "online")["collected"] == {5: 0.5}
     (alone,) = report.read_runs((numbers / "online",))
     assert alone.offline == "IQL" and alone.curve("offline") == {}
 
