@@ -34,6 +34,7 @@ import csv
 import difflib
 import importlib.util
 import json
+import logging
 import math
 import os
 import shlex
@@ -316,6 +317,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, retain_graph: bool =
 
 @torch.no_grad()
 def follow(target: nn.Module, source: nn.Module, rate: float) -> None:
+    """Polyak average: target += rate (source - target), of parameters, not of buffers."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
 
 
@@ -454,7 +456,7 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
         if getattr(args, name) != was and not may_change:
             sys.exit(f"error: --resume cannot change {name}, which was {was}: start a new run.")
     if getattr(args, f"{phase}_steps") < done:
-        sys.exit(f"error: {phase}_steps: the run has done {done} already.")
+        sys.exit(f"error: the run has done {done} {phase} steps: --{phase}-steps from {done} on.")
     return args, Task(**saved["task"])
 
 
@@ -487,7 +489,7 @@ def set_up(args: Args) -> torch.device:
     try:
         device = torch.zeros((), device=args.device).device
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
+        why = str(error).split(". ")[0].splitlines()[0]  # some go on for a page
         sys.exit(f"error: --device {args.device} cannot be used here ({why}): try --device cpu.")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where graphs are recorded
@@ -508,6 +510,8 @@ def compiled(update):
     """The update as one graph, with the optimisers in it and the same random numbers as without."""
     if not shutil.which(os.environ.get("CXX", "g++")):
         sys.exit("error: --compile needs a C++ compiler: install g++, or leave the flag out.")
+    log = logging.getLogger("torch._dynamo.variables.ctx_manager")
+    log.setLevel(logging.ERROR)  # "Profiler record function ... will be ignored"
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
     torch._inductor.config.fallback_random = True
     return torch.compile(update, dynamic=False)
@@ -517,9 +521,10 @@ class Recorded:
     """An update whose kernels a GPU starts all at once, as a CUDA graph: to launch them one by one
     takes longer than to run them (docs/speed.md).
 
-    update(*inputs, **flags): inputs are tensors or tuples of tensors. Each value of the flags and
-    each shape has a graph of its own; the first three calls run as usual, as torch wants it before
-    a recording. The next call overwrites what the one before has returned."""
+    update(*inputs, **flags): inputs are tensors or tuples of tensors. Each combination of flags and
+    shapes has a graph of its own. Its first three calls run as usual, as torch wants it before a
+    recording; the fourth call's tensors become the graph's own, which each later call overwrites,
+    as it does what was returned."""
 
     def __init__(self, update):
         self.update = update
@@ -761,7 +766,8 @@ def load_parts(parts: dict, saved: dict, path: str) -> None:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     except (KeyError, RuntimeError, ValueError):
-        sys.exit(f"error: the networks in {path} do not fit this script, its flags or the dataset.")
+        why = "do not fit this script or --dataset; sizes come from the file: leave their flags out"
+        sys.exit(f"error: the networks in {path} {why}.")
 
 
 class Run:

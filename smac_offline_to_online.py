@@ -23,10 +23,11 @@ Pretrain an actor-critic on a fixed dataset, so that online RL goes on from it w
             E (Q(s, a) - y)^2 + kappa E || grad_b Q(s, b) - alpha score(s, b) ||^2;
             a is the dataset's action, b half the policy's, half uniform. alpha says how steeply Q
             falls away from the data; it is not SAC's temperature.
-3. online:  the hand-over: a plain online algorithm (SAC, TD3, TD3+BC or AWR) takes the critics, the
-            running average of the policy and the optimisers, and learns on. Q already falls away
-            from the data: nothing to unlearn. By default score matching stays on, with a learned
-            weight (ours); --online-kappa 0 is the paper's plain algorithm.
+3. online:  the hand-over: SAC, TD3, TD3+BC or AWR takes the critics, the running average of the
+            policy and the optimisers, and learns on. Q already falls away from the data: nothing
+            to unlearn. By default the critics go on matching the score (ours), with a weight that
+            is learned so that the cosine of grad_a Q and the score stays what it was at the
+            hand-over. --online-kappa 0 is the paper's: the plain algorithm.
 
 The file has this order: flags, networks, updates, the three phases in main(), and last what has
 nothing to do with SMAC. docs/smac.md says where it departs from the paper, and why.
@@ -37,6 +38,7 @@ import csv
 import difflib
 import importlib.util
 import json
+import logging
 import math
 import os
 import shlex
@@ -88,13 +90,13 @@ class Args:
     critic_lr: float = 3e-4  # of Muon and Adam alike
     policy_lr: float = 1e-4
     temperature_lr: float = 1e-4  # (WSRL)
-    target_entropy_scale: float = -10.0  # of one action dimension: sigma near 1e-5. SAC: -1
+    target_entropy_scale: float = -10.0  # times action dimensions; -10: sigma near 1e-5. SAC: -1
     gamma: float = 0.99
     tau: float = 0.005  # rate of the target networks
     policy_average_rate: float = 0.001  # of the averaged policy (ours); 1: no averaging
     kappa: float = 40.0  # weight of score matching
     alpha_mode: Literal["scaled", "learned"] = "scaled"  # learned: a network alpha(s), the paper's
-    alpha_scale: float = 0.015  # scaled: alpha = alpha_scale * running mean |y| (ours)
+    alpha_scale: float = 0.015  # scaled: alpha is this times a running mean |TD target| (ours)
     offline_cooldown: float = 0.0  # last share of the updates: rates fall to the online ones (ours)
     optimizer: Literal["muon", "adam"] = "muon"  # of hidden matrices; the rest is on Adam
     muon_scale: Literal["rms", "spectral"] = "rms"  # as large as Adam's steps (ours); or Jordan's
@@ -129,7 +131,9 @@ class Args:
 # Other defaults. adroit, kitchen: the paper's Tables 6 and 7. small, small-adroit: ours, for two
 # CPU cores (docs/smac.md). from-scratch: SAC's own (softlearning).
 PRESETS = {
-    "paper": dict(),  # but for what is marked (ours); docs/smac.md has the flags to undo that
+    # but for what is marked (ours). As printed: --alpha-mode learned --policy-average-rate 1
+    # --muon-scale spectral --online-kappa 0
+    "paper": dict(),
     "adroit": dict(
         score_steps=3_000_000, score_batch_size=1024, score_blocks=5,
         score_condition_hidden=(256, 256, 256), offline_steps=200_000,
@@ -171,6 +175,7 @@ PHASES = dict(score="1/3 score model", offline="2/3 offline updates", online="3/
 # Flags that --init-from takes over from another script's file, where it has them
 NETWORK_ARGS = ("num_critics", "critic_hidden", "critic_activation", "policy_hidden", "gamma")
 NETWORK_ARGS += ("score_hidden", "score_blocks", "score_condition_hidden", "optimizer")
+GPU = ["cuda"] if torch.cuda.is_available() else []  # its random numbers, too, logging leaves alone
 
 
 # ============================================ networks ============================================
@@ -242,7 +247,7 @@ class Critics(nn.Module):
         layers = self.hidden_layers(s, a)
         # (N, B, h); relu's slope has no gradient of its own, as in autograd
         slopes = [1 - h * h if self.tanh else (h > 0).to(h.dtype) for h in layers]
-        g = self.weights[-1] * slopes[-1]  # (N, B, h): by the last hidden layer's input
+        g = self.weights[-1] * slopes[-1]  # (N, B, h): by what enters the last tanh or relu
         for W, slope in zip(reversed(self.weights[1:-1]), reversed(slopes[:-1])):
             g = (g @ W) * slope
         return g @ self.weights[0][..., -a.size(1) :]  # the actions' columns
@@ -359,9 +364,9 @@ class Agent(nn.Module):
         self.log_temperature = nn.Parameter(torch.zeros(()))  # SAC's weight of the entropy
         self.alpha_net = mlp([obs_dim, 256, 256]).append(linear(256, 1))  # --alpha-mode learned
         self.register_buffer("q_scale", torch.zeros(()))  # running mean |y|: alpha grows from 0
-        # --online-kappa auto starts at kappa, that of the run which pretrained
+        # --online-kappa auto: its weight starts at --kappa, and is never larger
         self.register_buffer("online_kappa", torch.tensor(args.kappa or 1.0))
-        self.register_buffer("cosine_bound", torch.zeros(()))  # what it keeps, see bound_cosine
+        self.register_buffer("cosine_bound", torch.zeros(()))  # what it keeps
         # Muon takes the matrices between hidden layers, not the first and not the head
         critic_matrices = self.critic.weights[1:-1]
         policy_matrices = [layer.weight for layer in self.policy.trunk[2::2]]
@@ -385,7 +390,7 @@ class Agent(nn.Module):
         """SAC, TD3, TD3+BC or AWR. TD3 moves its policy and all targets only at `policy_turn`."""
         args, td3 = self.args, self.args.online_algorithm.startswith("td3")
         with torch.no_grad():
-            if td3:  # target policy smoothing
+            if td3:  # target policy smoothing, with TD3's 0.2 and 0.5
                 a_next = self.policy_target.mode(batch.s_next)
                 noise = (0.2 * torch.randn_like(a_next)).clamp(-0.5, 0.5)
                 target = self.td_target(batch, (a_next + noise).clamp(-1, 1))
@@ -413,7 +418,8 @@ class Agent(nn.Module):
         return metrics | self.sac_policy_update(batch.s)
 
     def td_target(self, batch: "Batch", a_next: Tensor, bonus: Tensor | float = 0.0) -> Tensor:
-        """y = r + gamma (min Q'(s', a') + bonus), the minimum over two random critics (REDQ)."""
+        """y = r + gamma (min Q'(s', a') + bonus), the minimum over two random critics (REDQ), which
+        are drawn on the device, so that a GPU need not wait."""
         pair = torch.rand(self.args.num_critics, device=a_next.device).argsort()[:2]
         q_next = self.critic_target(batch.s_next, a_next, pair).min(0).values
         return batch.r + self.args.gamma * (1 - batch.terminal) * (q_next + bonus)
@@ -427,35 +433,35 @@ class Agent(nn.Module):
         metrics = dict(td_loss=td_loss, q=q.mean(), q_std=q.std(0, correction=0).mean())
         self.q_scale.lerp_(target.abs().mean(), 0.005)
         loss = td_loss
-        if isinstance(kappa, Tensor) or kappa > 0:  # a tensor is never 0
+        if isinstance(kappa, Tensor) or kappa > 0:  # auto's is a tensor, and never 0
             sm_loss, alpha, cosine = self.score_matching_loss(batch.s)
+            if self.args.alpha_mode == "learned":  # alpha(s) minimises the same loss
+                descend(sm_loss, self.optimizers["alpha_net"], retain_graph=True)
             metrics.update(sm_loss=sm_loss, alpha=alpha.mean(), cosine_batch=cosine)
             loss = td_loss + kappa * sm_loss
         descend(loss, self.optimizers["critic"])
         return detached(metrics)
 
     def score_matching_loss(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """L_SM = E || grad_a Q(s, a) - alpha score(s, a) ||^2 (paper, 6.2); alpha; the cosine of
+        """L_SM = E || grad_b Q(s, b) - alpha score(s, b) ||^2 (paper, 6.2); alpha; the cosine of
         the two on the policy's actions.
 
         alpha is no temperature. It says how steeply Q falls away from the data: large is close to
-        cloning, 0 makes Q flat. Half of the actions are the policy's, half uniform. The dataset's
+        cloning, 0 makes Q flat. Half of the actions b are the policy's, half uniform. The dataset's
         are not needed: the TD loss says what Q is there."""
         with torch.no_grad():
             half = len(s) // 2
-            a_policy = self.policy.sample(s[:half])[0]
-            a_uniform = 2 * torch.rand(len(s) - half, a_policy.size(1), device=s.device) - 1
-            a = torch.cat([a_policy, a_uniform])
-            score = self.score_model.score(s, a)
+            b_policy = self.policy.sample(s[:half])[0]
+            b_uniform = 2 * torch.rand(len(s) - half, b_policy.size(1), device=s.device) - 1
+            b = torch.cat([b_policy, b_uniform])
+            score = self.score_model.score(s, b)
         alpha = self.args.alpha_scale * self.q_scale
-        if self.args.alpha_mode == "learned":  # descend() moves one optimiser's parameters only
-            alpha = self.alpha_net(self.score_model.normalize(s))
-        gradient = self.critic.action_gradient(s, a)
-        loss = (gradient - alpha * score).square().sum(-1).mean()
         if self.args.alpha_mode == "learned":
-            descend(loss, self.optimizers["alpha_net"], retain_graph=True)
-        gradient = gradient[:, :half].detach().mean(0)
-        return loss, alpha, F.cosine_similarity(gradient, score[:half]).mean()
+            alpha = self.alpha_net(self.score_model.normalize(s))
+        gradient = self.critic.action_gradient(s, b)
+        loss = (gradient - alpha * score).square().sum(-1).mean()
+        mean_gradient = gradient[:, :half].detach().mean(0)  # over critics
+        return loss, alpha, F.cosine_similarity(mean_gradient, score[:half]).mean()
 
     def sac_policy_update(self, s: Tensor) -> dict[str, Tensor]:
         """L_pi = E[temperature log pi(a | s) - min Q(s, a)] over all critics (WSRL)."""
@@ -463,8 +469,8 @@ class Agent(nn.Module):
         temperature = self.log_temperature.detach().exp()
         loss = (temperature * log_pi - self.critic(s, a).min(0).values).mean()
         descend(loss, self.optimizers["policy"])
-        missing_entropy = (log_pi.detach() + self.target_entropy).mean()
-        descend(-self.log_temperature * missing_entropy, self.optimizers["temperature"])
+        surplus = (log_pi.detach() + self.target_entropy).mean()
+        descend(-self.log_temperature * surplus, self.optimizers["temperature"])
         self.follow_policy()
         return detached(dict(policy_loss=loss, entropy=-log_pi.mean(), temperature=temperature))
 
@@ -483,7 +489,7 @@ class Agent(nn.Module):
 
     def awr_policy_update(self, batch: "Batch") -> dict[str, Tensor]:
         """Clone the batch's actions with weights exp(awr_temperature (Q - V)), at most 100 (WSRL).
-        V is the mean value of four actions of the policy."""
+        V is the mean value of four actions of the policy (the number is ours)."""
         s, a = batch.s, batch.a
         with torch.no_grad():
             q = self.critic(s, a).min(0).values
@@ -511,7 +517,7 @@ class Agent(nn.Module):
         a = self.policy.mode(s)
         return (a + self.args.exploration_noise * torch.randn_like(a)).clamp(-1, 1)
 
-    @torch.random.fork_rng()  # at each call: logging does not change the run's random numbers
+    @torch.random.fork_rng(GPU)  # at each call: logging does not change the run's random numbers
     @torch.no_grad()
     def cosines(self, dataset: "Replay", replay: "Replay") -> dict[str, Tensor]:
         """Cosine of grad_a Q and the score (App. F): 1 is parallel, 0 unrelated. At the dataset's
@@ -531,11 +537,11 @@ class Agent(nn.Module):
             cosines["cosine_collected"] = self.cosine(s, self.policy.sample(s)[0])
         return cosines
 
-    @torch.random.fork_rng()
+    @torch.random.fork_rng(GPU)
     @torch.no_grad()
-    def bound_cosine(self, dataset: "Replay", replay: "Replay") -> None:
-        """--online-kappa auto: the critics shall keep the cosine at the hand-over, on states like
-        those of the batches (ours)."""
+    def set_cosine_bound(self, dataset: "Replay", replay: "Replay") -> None:
+        """--online-kappa auto: the critics shall keep the present cosine, on states mixed as in the
+        batches (ours)."""
         from_dataset = round(2000 * self.args.offline_fraction)
         rows = torch.cat([replay.sample(2000 - from_dataset), dataset.sample(from_dataset)])
         s = dataset.unpack(rows).s
@@ -568,6 +574,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, retain_graph: bool =
 
 @torch.no_grad()
 def follow(target: nn.Module, source: nn.Module, rate: float) -> None:
+    """Polyak average: target += rate (source - target), of parameters, not of buffers."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
 
 
@@ -610,35 +617,34 @@ def main() -> None:
         load_networks(networks, args.init_from, dataset)
     # phase 1 trains `model`; agent.score_model, which phases 2 and 3 use, is its running average
     model = copy.deepcopy(agent.score_model).train().requires_grad_(True)
-    fit = Muon([], model.parameters())  # Adam; its rate is set at every step
-    # Phase 1 is not needed where nothing uses a score, or where --init-from (above) or --resume
-    # (in Run, below; so it is asked again there) has brought a fitted one
-    matches_score = pretrains and args.kappa > 0
-    has_score = matches_score or agent.score_model.fitted or args.resume  # --resume: settled then
-    if args.online_kappa == "auto" and not has_score:
+    score_optimizer = Muon([], model.parameters())  # Adam; its rate is set at every step
+    matches_offline = pretrains and args.kappa > 0
+    has_score = bool(agent.score_model.fitted or args.resume)  # --init-from may have brought one
+    if args.online_kappa == "auto" and not (matches_offline or has_score):
         args.online_kappa = 0.0  # nothing was matched: there is nothing to keep
         if not from_scratch:
-            print("online_kappa auto is 0, no score was matched; a number fits a score first")
-    needs_score = matches_score or args.online_kappa != 0
-    needs_score = needs_score and not agent.score_model.fitted
-    if needs_score and not args.resume and (from_scratch or args.score_steps == 0):
-        sys.exit("error: no score to match: needs a dataset and --score-steps, or --kappa 0.")
+            print("online_kappa auto is 0 here: no score was matched. A number fits a score first")
+    uses_score = matches_offline or args.online_kappa != 0
+    if uses_score and not has_score and from_scratch:
+        sys.exit("error: no dataset to fit a score to: from scratch --online-kappa has to be 0.")
+    if uses_score and not has_score and args.score_steps == 0:
+        sys.exit("error: nothing fits a score: needs --score-steps, or --kappa 0 --online-kappa 0.")
     agent.offline_update = accelerated(agent.offline_update, args)
     agent.online_update = accelerated(agent.online_update, args)
-    run = Run(args, task, networks, dict(model=model, fit=fit, replay=replay, env=env))
+    run = Run(args, task, networks, dict(model=model, fit=score_optimizer, replay=replay, env=env))
 
     # ---- phase 1: the score of the dataset's actions
-    needs_score = needs_score and not agent.score_model.fitted
+    fits_score = uses_score and not agent.score_model.fitted  # --resume may have brought one, too
 
     def fit_score(s: Tensor, a: Tensor, w: Tensor) -> dict[str, Tensor]:
         loss = model.loss(s, a, w)
-        descend(loss, fit)
+        descend(loss, score_optimizer)
         return dict(loss=loss.detach())
 
     fit_score = recorded(fit_score, args)
-    for step in run.steps("score", args.score_steps if needs_score else 0):
+    for step in run.steps("score", args.score_steps if fits_score else 0):
         decay = 0.5 * (1 + math.cos(math.pi * step / args.score_steps))
-        set_lr(fit, args.score_lr * decay)
+        set_lr(score_optimizer, args.score_lr * decay)
         i = torch.randint(len(s), (args.score_batch_size,), device=device)
         metrics = fit_score(s[i], a[i], w[i])
         follow(agent.score_model, model, max(1e-3, 1 / (step + 1)))  # IDQL's, faster at the start
@@ -689,12 +695,12 @@ def main() -> None:
 
         if learning:
             if step == args.warmup_steps and args.online_kappa == "auto":
-                agent.bound_cosine(dataset, replay)
+                agent.set_cosine_bound(dataset, replay)
             collected = replay.sample(args.online_batch_size - from_dataset)
             rows = torch.cat([collected, dataset.sample(from_dataset)])
             # shuffled: score matching gives the first half the policy's actions
             batch = dataset.unpack(rows[torch.randperm(len(rows), device=device)])
-            metrics = agent.online_update(batch, policy_turn=run.due(2))
+            metrics = agent.online_update(batch, policy_turn=not td3 or run.due(2))
             if run.due(args.log_every):
                 cosines = agent.cosines(dataset, replay)
                 run.log(metrics | cosines)
@@ -803,7 +809,7 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
         if getattr(args, name) != was and not may_change:
             sys.exit(f"error: --resume cannot change {name}, which was {was}: start a new run.")
     if getattr(args, f"{phase}_steps") < done:
-        sys.exit(f"error: {phase}_steps: the run has done {done} already.")
+        sys.exit(f"error: the run has done {done} {phase} steps: --{phase}-steps from {done} on.")
     return args, Task(**saved["task"])
 
 
@@ -836,7 +842,7 @@ def set_up(args: Args) -> torch.device:
     try:
         device = torch.zeros((), device=args.device).device
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
+        why = str(error).split(". ")[0].splitlines()[0]  # some go on for a page
         sys.exit(f"error: --device {args.device} cannot be used here ({why}): try --device cpu.")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where graphs are recorded
@@ -857,6 +863,8 @@ def compiled(update):
     """The update as one graph, with the optimisers in it and the same random numbers as without."""
     if not shutil.which(os.environ.get("CXX", "g++")):
         sys.exit("error: --compile needs a C++ compiler: install g++, or leave the flag out.")
+    log = logging.getLogger("torch._dynamo.variables.ctx_manager")
+    log.setLevel(logging.ERROR)  # "Profiler record function ... will be ignored"
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
     torch._inductor.config.fallback_random = True
     return torch.compile(update, dynamic=False)
@@ -866,9 +874,10 @@ class Recorded:
     """An update whose kernels a GPU starts all at once, as a CUDA graph: to launch them one by one
     takes longer than to run them (docs/speed.md).
 
-    update(*inputs, **flags): inputs are tensors or tuples of tensors. Each value of the flags and
-    each shape has a graph of its own; the first three calls run as usual, as torch wants it before
-    a recording. The next call overwrites what the one before has returned."""
+    update(*inputs, **flags): inputs are tensors or tuples of tensors. Each combination of flags and
+    shapes has a graph of its own. Its first three calls run as usual, as torch wants it before a
+    recording; the fourth call's tensors become the graph's own, which each later call overwrites,
+    as it does what was returned."""
 
     def __init__(self, update):
         self.update = update
@@ -1110,7 +1119,8 @@ def load_parts(parts: dict, saved: dict, path: str) -> None:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     except (KeyError, RuntimeError, ValueError):
-        sys.exit(f"error: the networks in {path} do not fit this script, its flags or the dataset.")
+        why = "do not fit this script or --dataset; sizes come from the file: leave their flags out"
+        sys.exit(f"error: the networks in {path} {why}.")
 
 
 class Run:

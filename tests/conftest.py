@@ -1,6 +1,9 @@
+import os
 import sys
 from pathlib import Path
 
+if os.environ.get("SMAC_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all runs on one device, before torch looks
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest

@@ -21,8 +21,8 @@ import smac_offline_to_online as smac
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "smac_offline_to_online.py"
 
-# SMAC_TEST_DEVICE=cuda: whole runs on a GPU. Not with recorded updates: many tests replace what an
-# update calls
+# SMAC_TEST_DEVICE=cuda: whole runs on a GPU, most of them without recorded updates, as many tests
+# replace what an update calls
 DEVICE = os.environ.get("SMAC_TEST_DEVICE", "cpu")
 # Every phase has several checkpoints and evaluations, and steps after the last of them.
 TINY = shlex.split(f"""
@@ -112,7 +112,8 @@ def run_here(main_module, *flags) -> Path:
 
 def start(*command, cwd: Path = ROOT) -> subprocess.Popen:
     """`python command...`, with the repository's modules: a script, or ("-c", code, flags...)."""
-    places = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    # no empty place: Python would take it for the current folder
+    places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | dict(PYTHONPATH=places, PYTHONWARNINGS="ignore")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     words = [sys.executable, *map(str, command)]

@@ -501,7 +501,9 @@ def test_smac_goes_on_from_offline_pt(dataset, finished, tmp_path):
     start = ["--init-from", finished / "offline.pt", "--online-algorithm", "sac"]
     folder = run_here(smac, *SMAC_TINY, *flags, *start)
     before, after = evaluations(finished, "offline", 50), evaluations(folder, "online", 0)
-    torch.testing.assert_close(after, before)  # a GPU does not always add in the same order
+    assert before
+    # a GPU does not always add in the same order
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     before, after = load(finished / "offline.pt")["agent"], load(folder / "last.pt")["agent"]
     for name in ("critic.weights.1", "policy.trunk.2.weight"):  # ten updates away
         torch.testing.assert_close(after[name], before[name], rtol=0.1, atol=0.02)

@@ -199,7 +199,7 @@ def test_the_cosine_to_keep_is_that_on_collected_and_dataset_states():
         one.n = 50
     agent.cosine = lambda s, a: s.mean() / 10
     before = torch.get_rng_state()
-    agent.bound_cosine(dataset, replay)
+    agent.set_cosine_bound(dataset, replay)
     assert agent.cosine_bound.item() == pytest.approx(0.2)
     assert torch.equal(before, torch.get_rng_state())
 

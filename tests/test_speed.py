@@ -261,13 +261,21 @@ def test_an_update_never_waits_for_the_gpu(row):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("row", PRODUCTS)
-def test_a_recorded_update_computes_what_the_plain_one_does(row):
+@pytest.mark.parametrize(
+    "row, changes",
+    [
+        *((row, {}) for row in PRODUCTS),
+        ("SAC", dict(online_kappa="auto")),
+        ("SAC", dict(online_algorithm="awr")),
+        ("TD3", dict(online_algorithm="td3+bc")),
+    ],
+)
+def test_a_recorded_update_computes_what_the_plain_one_does(row, changes):
     """Two shapes of a batch, and TD3's two kinds of update: several graphs of one update."""
     replay = speed.make_replay(speed.transitions(1000), "cuda")
     runs = []
     for record in (False, True):
-        agent, update = speed.build(row, device="cuda", record=record)
+        agent, update = speed.build(row, device="cuda", record=record, **changes)
         torch.manual_seed(1)
         for size in [64] * 12 + [32] * 12:
             metrics = update(replay.unpack(replay.sample(size)))
