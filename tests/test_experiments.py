@@ -123,7 +123,7 @@ SWEEPS = {
     "handover": 3 + 24,
     "paper-table-1": 96 + 384,
     "smoke": 2,
-    "transfer-adroit": 8 + 32,
+    "transfer-adroit": 4 + 32,
     "transfer-embedded": 12 + 48,
     "transfer-walker2d": 12 + 48,
     "walker2d": 3,
