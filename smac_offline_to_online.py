@@ -809,7 +809,7 @@ def parse_resume(folder: str) -> tuple[Args, "Task"]:
         if getattr(args, name) != was and not may_change:
             sys.exit(f"error: --resume cannot change {name}, which was {was}: start a new run.")
     if getattr(args, f"{phase}_steps") < done:
-        sys.exit(f"error: the run has done {done} {phase} steps: --{phase}-steps from {done} on.")
+        sys.exit(f"error: the run has done {done}: --{phase}-steps has to be that or more.")
     return args, Task(**saved["task"])
 
 

@@ -578,8 +578,7 @@ def test_the_results_tables_are_those_of_the_packed_runs(tmp_path, monkeypatch):
         text = (tmp_path / name).read_text()
         kept = (RESULTS / "report" / name).read_text()
         kept = re.sub(r"!\[[^]]*\]\([^)]*\)\n\n?", "", kept)
-        # another version of numpy may round the tables' last digit differently; in report.md, of
-        # one digit, none should lie so near the middle
+        # another version of numpy may round the tables' last digit differently
         number = r"-?\d+\.\d+"
         assert re.sub(number, "", text).rstrip() == re.sub(number, "", kept).rstrip(), name
         found, expected = (np.array(re.findall(number, t), float) for t in (text, kept))

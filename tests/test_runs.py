@@ -403,6 +403,20 @@ def test_online_batches_mix_dataset_and_replay_after_the_warm_start(start, monke
     assert mine[0] != mine[1]  # score matching takes policy actions at the first half of the states
 
 
+@pytest.mark.parametrize("algorithm", ["sac", "td3", "td3+bc", "awr"])
+def test_td3_moves_its_policy_every_second_time_all_others_always(start, monkeypatch, algorithm):
+    update, turns = smac.Agent.online_update, []
+
+    def watched(self, batch, policy_turn):
+        turns.append(policy_turn)
+        return update(self, batch, policy_turn)
+
+    monkeypatch.setattr(smac.Agent, "online_update", watched)
+    flags = ["--online-steps", 26, "--warmup-steps", 20, "--online-algorithm", algorithm]
+    run_here(smac, *start, *flags, "--no-cuda-graphs")
+    assert turns == ([False, True] * 3 if algorithm.startswith("td3") else [True] * 6)
+
+
 @pytest.mark.parametrize("flag", ["--normalize-observations", "--no-normalize-observations"])
 def test_observations_are_normalised_where_asked(dataset, tmp_path, flag):
     flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--online-steps", 0]

@@ -252,7 +252,7 @@ def test_an_update_never_waits_for_the_gpu(row):
     step = speed.step_of(update, speed.make_replay(speed.transitions(1000), "cuda"))
     for _ in range(4):
         step()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises
     try:
         step()
         step()
