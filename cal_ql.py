@@ -1002,6 +1002,13 @@ class Run:
             for row in csv.DictReader(f):
                 results = curves[row["phase"]].setdefault(int(row["step"]), [])
                 results.append(float(row["normalized"]))
+        ends, returns = [], []  # of the collected episodes
+        with open(self.path / "metrics.csv", newline="") as f:
+            for row in csv.DictReader(f):
+                if row["name"] == "collected":
+                    ends.append(int(row["step"]))
+                    returns.append(float(row["value"]))
+        ends, returns = np.array(ends), np.array(returns)
 
         axes = Figure(figsize=(7, 4), layout="constrained").subplots()
         lines = {"dataset, mean episode": self.task.mean_normalized_return}
@@ -1013,10 +1020,14 @@ class Run:
                 axes.plot(first + steps, means, ".-", label=phase)
         if curves["online"]:  # `steps` and `means` are this phase's now
             axes.axvline(handover, color="black", ls="--", lw=0.8, label="hand-over")
+            axes.plot(handover + ends, returns, ".", color="gray", zorder=1, label="collected")
             warm = self.args.warmup_steps
-            early = steps <= warm + 0.2 * (self.args.online_steps - warm)
+            end_of_early = warm + 0.2 * (self.args.online_steps - warm)
             lines["at the hand-over"] = means[0]
-            lines["worst early"] = means[early].min()
+            lines["worst early"] = means[steps <= end_of_early].min()
+            early = (warm < ends) & (ends <= end_of_early)
+            if early.any():
+                lines["collected early"] = returns[early].mean()
             lines["last"] = means[-1]
             lines["best"] = means.max()
             lines["mean gap to the best"] = means.max() - means.mean()

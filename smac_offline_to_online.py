@@ -93,7 +93,7 @@ class Args:
     target_entropy_scale: float = -10.0  # times action dimensions; -10: sigma near 1e-5. SAC: -1
     gamma: float = 0.99
     tau: float = 0.005  # rate of the target networks
-    policy_average_rate: float = 0.001  # of the averaged policy (ours); 1: no averaging
+    policy_average_rate: float = 0.001  # of the averaged policy (ours); 1: the policy itself
     kappa: float = 40.0  # weight of score matching
     alpha_mode: Literal["scaled", "learned"] = "scaled"  # learned: a network alpha(s), the paper's
     alpha_scale: float = 0.015  # scaled: alpha is this times a running mean |TD target| (ours)
@@ -150,8 +150,8 @@ PRESETS = {
         score_condition_hidden=(128, 128), offline_steps=30_000, num_critics=4, kappa=1.0,
         critic_hidden=(128, 128), policy_hidden=(128, 128), normalize_observations=True,
         critic_lr=1e-3, policy_lr=3e-4, temperature_lr=3e-4, tau=0.02, target_entropy_scale=-1.0,
-        policy_average_rate=2e-4, offline_cooldown=1 / 3, online_steps=17_500, warmup_steps=2_000,
-        online_batch_size=256, online_lr_scale=0.3, eval_every=2_500, eval_episodes=10,
+        offline_cooldown=1 / 3, online_steps=17_500, warmup_steps=2_000, online_batch_size=256,
+        online_lr_scale=0.3, eval_every=2_500, eval_episodes=10,
     ),
     "small-adroit": dict(
         score_steps=12_000, score_batch_size=128, score_lr=1e-3, score_hidden=128, score_blocks=2,
@@ -349,8 +349,8 @@ class ScoreModel(nn.Module):
 class Agent(nn.Module):
     """All networks, and the updates of phases 2 and 3. They return tensors: no wait for the GPU.
 
-    `policy` is trained, and collects. `policy_average`, its slow average, is evaluated and handed
-    over: from one update to the next the policy itself jumps by up to 20 points (docs/smac.md)."""
+    `policy` is trained, and collects. `policy_average`, over some 1,000 updates, is evaluated and
+    handed over: from one update to the next the policy itself jumps (docs/smac.md)."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -1279,6 +1279,13 @@ class Run:
             for row in csv.DictReader(f):
                 results = curves[row["phase"]].setdefault(int(row["step"]), [])
                 results.append(float(row["normalized"]))
+        ends, returns = [], []  # of the collected episodes
+        with open(self.path / "metrics.csv", newline="") as f:
+            for row in csv.DictReader(f):
+                if row["name"] == "collected":
+                    ends.append(int(row["step"]))
+                    returns.append(float(row["value"]))
+        ends, returns = np.array(ends), np.array(returns)
 
         axes = Figure(figsize=(7, 4), layout="constrained").subplots()
         lines = {"dataset, mean episode": self.task.mean_normalized_return}
@@ -1290,10 +1297,14 @@ class Run:
                 axes.plot(first + steps, means, ".-", label=phase)
         if curves["online"]:  # `steps` and `means` are this phase's now
             axes.axvline(handover, color="black", ls="--", lw=0.8, label="hand-over")
+            axes.plot(handover + ends, returns, ".", color="gray", zorder=1, label="collected")
             warm = self.args.warmup_steps
-            early = steps <= warm + 0.2 * (self.args.online_steps - warm)
+            end_of_early = warm + 0.2 * (self.args.online_steps - warm)
             lines["at the hand-over"] = means[0]
-            lines["worst early"] = means[early].min()
+            lines["worst early"] = means[steps <= end_of_early].min()
+            early = (warm < ends) & (ends <= end_of_early)
+            if early.any():
+                lines["collected early"] = returns[early].mean()
             lines["last"] = means[-1]
             lines["best"] = means.max()
             lines["mean gap to the best"] = means.max() - means.mean()

@@ -56,13 +56,15 @@ NOT_SETTINGS |= set("log_every eval_every final_episodes algorithm init_algorith
 NOT_SETTINGS |= set("command commit git_commit torch".split())
 # Packed whatever they are: without them a run's curves cannot be read
 ALWAYS = "dataset env_id calibrate online_algorithm offline_steps online_steps warmup_steps".split()
-MEASURES = ("hand-over", "worst early", "last", "best", "gap", "final", "regret")
+MEASURES = ("hand-over", "worst early", "collected early", "last", "best", "gap", "final", "regret")
 DEFINITIONS = """Normalized returns, 100 is an expert: mean over seeds [95 % bootstrap interval].
 *Hand-over*: before the first online step. *Worst early*: the lowest evaluation up to a fifth of the
-online steps after the warm start. *Last*, *best*: of the online ones. *Gap*: between the run's own
-best and its mean online evaluation. *Final*: new episodes. *Regret*: the sum over the online
-evaluations of R* - R_t, R* being the best evaluation of any run on the dataset. *Normalised*:
-regret between the best (0) and the worst (1) row of the dataset."""
+online steps after the warm start. *Collected early*: mean of the episodes that the policy itself
+collected in that fifth, with exploration; SMAC's evaluations are of the policy's average. *Last*,
+*best*: of the online ones. *Gap*: between the run's own best and its mean online evaluation.
+*Final*: new episodes. *Regret*: the sum over the online evaluations of R* - R_t, R* being the best
+evaluation of any run on the dataset. *Normalised*: regret between the best (0) and the worst (1)
+row of the dataset."""
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Run:
     config: dict
     task: str  # the dataset's name
     episodes: list[dict]  # a row each: phase, step, episode, return, length, score, all as text
-    cosines: list[dict]  # a row each: phase, step, name, value, all as text
+    metrics: list[dict]  # a row each: phase, step, name, value; cosines, online_kappa, collected
     experiment: str = ""
     seconds: str = ""
     curves: dict[str, dict[int, float]] = field(default_factory=dict)  # phase: step: mean
@@ -167,10 +169,9 @@ def read_run(path: Path, by: tuple[str, ...], experiment: str) -> Run | None:
         for file in path.glob("metrics.csv*"):
             metrics += read_table(file)
         kept = re.compile(r"cosine_\w+|online_kappa|collected")
-        cosines = [row for row in metrics if kept.fullmatch(row["name"])]
-        return Run(
-            path, path.name, config, task, episodes, cosines, experiment, seconds_of(metrics)
-        )
+        packed = [row for row in metrics if kept.fullmatch(row["name"])]
+        seconds = seconds_of(metrics)
+        return Run(path, path.name, config, task, episodes, packed, experiment, seconds)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{path} cannot be read ({type(error).__name__}: {error})", file=sys.stderr)
         return None
@@ -189,9 +190,9 @@ def seconds_of(metrics: list[dict]) -> str:
 
 def read_packed(folder: Path, by: tuple[str, ...]) -> list[Run]:
     """The runs of packed tables, with what runs.csv says in place of a config.json."""
-    cosines = {}
+    metrics = {}
     for row in read_table(folder / "metrics.csv.gz"):
-        cosines.setdefault((row["experiment"], row["run"]), []).append(row)
+        metrics.setdefault((row["experiment"], row["run"]), []).append(row)
     lines = read_table(folder / "runs.csv")
     episodes = {}
     for experiment in dict.fromkeys(line["experiment"] for line in lines):
@@ -207,7 +208,7 @@ def read_packed(folder: Path, by: tuple[str, ...]) -> list[Run]:
         task = line["task"]
         if "dataset" in by:
             task = config.get("env_id", task)
-        table = episodes[key], cosines.get(key, [])
+        table = episodes[key], metrics.get(key, [])
         runs.append(Run(Path(line["run"]), line["run"], config, task, *table, key[0]))
     return runs
 
@@ -339,7 +340,7 @@ def collect(args: Args) -> None:
     if not runs:
         sys.exit("error: no run there: name folders with run folders in or below them.")
     flags = packed_flags(runs)
-    lines, episodes, cosines = [], [], []
+    lines, episodes, metrics = [], [], []
     for run in sorted(runs, key=lambda run: run.name):
         parent = Path(run.config.get("init_from") or "").parent.name  # of a run elsewhere
         if run.parent:
@@ -355,12 +356,12 @@ def collect(args: Args) -> None:
             values = {name: row[name] for name in "phase step episode return length score".split()}
             episodes.append(about | values)
         about = dict(experiment=args.name, run=run.name)
-        for row in run.cosines:
-            cosines.append(about | {name: row[name] for name in ("phase", "step", "name", "value")})
+        for row in run.metrics:
+            metrics.append(about | {name: row[name] for name in ("phase", "step", "name", "value")})
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / f"{args.name}.csv.gz", episodes)
     replace_rows(out / "runs.csv", args.name, lines)
-    replace_rows(out / "metrics.csv.gz", args.name, cosines)
+    replace_rows(out / "metrics.csv.gz", args.name, metrics)
     print(f"{len(runs)} runs, {len(episodes)} episodes: {out / args.name}.csv.gz")
 
 
@@ -437,7 +438,12 @@ def measure(run: Run, best_of_task: float) -> dict[str, float]:
     warm = run.config["warmup_steps"]
     end_of_early = warm + 0.2 * (run.config["online_steps"] - warm)
     values = list(online.values())
-    return {
+    collected = []
+    for row in run.metrics:
+        if row["name"] == "collected" and warm < int(row["step"]) <= end_of_early:
+            collected.append(float(row["value"]))
+    measures = {"collected early": float(np.mean(collected))} if collected else {}
+    return measures | {
         "hand-over": values[0],
         "worst early": min(value for step, value in online.items() if step <= end_of_early),
         "last": values[-1],
@@ -591,7 +597,7 @@ def read_cosines(run: Run, phase: str) -> dict[str, dict[int, float]]:
     """name: step: cosine."""
     source = run.parent if run.parent and phase == "offline" else run
     cosines: dict[str, dict[int, float]] = {}
-    for row in source.cosines:
+    for row in source.metrics:
         # not `collected`, which is a return
         if row["phase"] == phase and row["name"].startswith("cosine_"):
             curve = cosines.setdefault(row["name"].removeprefix("cosine_"), {})

@@ -349,6 +349,7 @@ def test_the_numbers_of_a_report_by_hand(numbers, tmp_path, monkeypatch):
 
 def test_a_report_has_the_numbers_that_the_script_prints(dataset, tmp_path, monkeypatch, capsys):
     flags = ["--dataset", dataset, "--runs-dir", tmp_path, *TINY, "--eval-every", 10]
+    flags += ["--online-steps", 130]
     run_here(smac, *flags, "--policy-average-rate", 0.1, "--policy-lr", 0.01)
     out = capsys.readouterr().out
     make_report(monkeypatch, tmp_path / "out", tmp_path)
@@ -356,6 +357,7 @@ def test_a_report_has_the_numbers_that_the_script_prints(dataset, tmp_path, monk
     for theirs, name in {
         "at the hand-over": "hand-over",
         "worst early": "worst early",
+        "collected early": "collected early",
         "last": "last",
         "best": "best",
         "mean gap to the best": "gap",
@@ -423,7 +425,7 @@ def test_a_run_from_a_checkpoint_has_the_offline_phase_of_the_other(numbers):
     assert report.read_cosines(child, "offline")["data"] == {5: 0.05, 10: 0.1}
     rows = [("cosine_collected", 5, "0.5"), ("collected", 6, "93"), ("online_kappa", 6, "1")]
     for name, step, value in rows:
-        child.cosines.append(dict(phase="online", step=step, name=name, value=value))
+        child.metrics.append(dict(phase="online", step=step, name=name, value=value))
     assert report.read_cosines(child, "online")["collected"] == {5: 0.5}
     (alone,) = report.read_runs((numbers / "online",))
     assert alone.offline == "IQL" and alone.curve("offline") == {}

@@ -109,14 +109,17 @@ def test_evaluations_at_every_step_that_is_due(reference):
 
 
 def test_the_printed_table_is_that_of_the_evaluations(start, capsys):
-    folder = run_here(smac, *start, "--eval-every", 10)
+    folder = run_here(smac, *start, "--eval-every", 10, "--online-steps", 130)
     printed = dict(re.findall(r"^  (\w.*?) {2,}(-?[\d.]+)$", capsys.readouterr().out, re.MULTILINE))
-    steps = range(0, 81, 10)
+    steps = range(0, 131, 10)
     means = [np.mean([float(r[3]) for r in evaluations(folder, "online", s)]) for s in steps]
+    rows = [row for row in rows_of(folder / "metrics.csv") if row["name"] == "collected"]
+    early = [float(row["value"]) for row in rows if 30 < int(row["step"]) <= 50]
     expected = {
         "dataset, mean episode": HOPPER["mean_normalized_return"],
         "at the hand-over": means[0],
-        "worst early": min(means[:5]),  # until step 30 + (80 - 30) / 5 = 40
+        "worst early": min(means[:6]),  # until step 30 + (130 - 30) / 5 = 50
+        "collected early": np.mean(early),
         "last": means[-1],
         "best": max(means),
         "mean gap to the best": max(means) - np.mean(means),
@@ -131,7 +134,7 @@ def test_the_curve_hands_over_where_pretraining_ended(dataset, tmp_path, monkeyp
     drawn, lines = calls(monkeypatch, Axes, "plot"), calls(monkeypatch, Axes, "axvline")
     flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--eval-every", 5]
     run_here(smac, *FEW, *flags)
-    assert [x.tolist() for _, x, _, _ in drawn] == [[0], [4, 9, 14]]
+    assert [x.tolist() for _, x, *_ in drawn] == [[0], [4, 9, 14], []]
     assert [x for _, x in lines] == [4]
 
 
