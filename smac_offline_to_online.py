@@ -365,7 +365,7 @@ class Agent(nn.Module):
         self.alpha_net = mlp([obs_dim, 256, 256]).append(linear(256, 1))  # --alpha-mode learned
         self.register_buffer("q_scale", torch.zeros(()))  # running mean |y|: alpha grows from 0
         # --online-kappa auto: its weight starts at --kappa, and is never larger
-        self.register_buffer("online_kappa", torch.tensor(args.kappa or 1.0))
+        self.register_buffer("learned_kappa", torch.tensor(args.kappa or 1.0))
         self.register_buffer("cosine_bound", torch.zeros(()))  # what it keeps
         # Muon takes the matrices between hidden layers, not the first and not the head
         critic_matrices = self.critic.weights[1:-1]
@@ -400,12 +400,12 @@ class Agent(nn.Module):
                 bonus = -self.log_temperature.exp() * log_pi if has_bonus else 0.0
                 target = self.td_target(batch, a_next, bonus)
         if args.online_kappa == "auto":
-            metrics = self.critic_update(batch, target, self.online_kappa)
+            metrics = self.critic_update(batch, target, self.learned_kappa)
             # a Lagrange multiplier, as SAC's temperature: it rises where the cosine is too low, up
             # to --kappa, pretraining's weight. Rate 0.01 and the limits are ours
-            self.online_kappa.mul_((0.01 * (self.cosine_bound - metrics["cosine_batch"])).exp())
-            self.online_kappa.clamp_(1e-3, args.kappa or 1.0)
-            metrics["online_kappa"] = self.online_kappa.clone()
+            self.learned_kappa.mul_((0.01 * (self.cosine_bound - metrics["cosine_batch"])).exp())
+            self.learned_kappa.clamp_(1e-3, args.kappa or 1.0)
+            metrics["online_kappa"] = self.learned_kappa.clone()
         else:
             metrics = self.critic_update(batch, target, args.online_kappa)
         if td3 and not policy_turn:

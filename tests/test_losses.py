@@ -174,8 +174,8 @@ def test_online_kappa_adds_the_term_and_0_leaves_it_out():
 def test_auto_kappa_rises_where_the_cosine_is_below_its_bound_and_falls_above(algorithm):
     for bound, change in ((0.9, 1), (-0.9, -1)):
         agent = agent_of(online_kappa="auto", kappa=4.0, online_algorithm=algorithm)
-        assert agent.online_kappa == 4  # where it starts
-        agent.online_kappa.fill_(3.0)
+        assert agent.learned_kappa == 4  # where it starts
+        agent.learned_kappa.fill_(3.0)
         agent.critic.action_gradient = lambda s, a: torch.ones(3, len(s), ACT).requires_grad_()
         agent.score_model.score = lambda s, a: torch.eye(ACT)[0].expand(len(s), -1)
         agent.cosine_bound.fill_(bound)
@@ -183,12 +183,12 @@ def test_auto_kappa_rises_where_the_cosine_is_below_its_bound_and_falls_above(al
         cosine = 1 / math.sqrt(ACT)  # between (1, 1, ...) and (1, 0, ...)
         assert metrics["cosine_batch"].item() == pytest.approx(cosine)
         expected = 3.0 * math.exp(0.01 * (bound - cosine))
-        assert agent.online_kappa.item() == pytest.approx(expected)
-        assert (agent.online_kappa.item() - 3.0) * change > 0
-        assert metrics["online_kappa"] == agent.online_kappa
-        agent.online_kappa.fill_(4.0)
+        assert agent.learned_kappa.item() == pytest.approx(expected)
+        assert (agent.learned_kappa.item() - 3.0) * change > 0
+        assert metrics["online_kappa"] == agent.learned_kappa
+        agent.learned_kappa.fill_(4.0)
         agent.online_update(batch_of(8), True)
-        assert agent.online_kappa.item() == pytest.approx(min(4.0, expected * 4 / 3))
+        assert agent.learned_kappa.item() == pytest.approx(min(4.0, expected * 4 / 3))
 
 
 def test_the_cosine_to_keep_is_that_on_collected_and_dataset_states():
