@@ -107,6 +107,7 @@ class Args:
     online_batch_size: int = 1024
     offline_fraction: float = 0.5  # share of each batch that comes from the dataset
     online_lr_scale: float = 1.0  # critics' and policy's rates, relative to offline (ours)
+    online_average_rate: float = 0.001  # the same online: a slower one hides falls (ours)
     online_kappa: float | Literal["auto"] = "auto"  # kappa online; 0: paper; auto: learned (ours)
     backup_entropy: bool = False  # sac: entropy in the TD target
     awr_temperature: float = 0.4  # awr: weight exp(awr_temperature * advantage)
@@ -132,7 +133,7 @@ class Args:
 # CPU cores (docs/smac.md). from-scratch: SAC's own (softlearning).
 PRESETS = {
     # but for what is marked (ours). As printed: --alpha-mode learned --policy-average-rate 1
-    # --muon-scale spectral --online-kappa 0
+    # --online-average-rate 1 --muon-scale spectral --online-kappa 0
     "paper": dict(),
     "adroit": dict(
         score_steps=3_000_000, score_batch_size=1024, score_blocks=5,
@@ -150,8 +151,8 @@ PRESETS = {
         score_condition_hidden=(128, 128), offline_steps=30_000, num_critics=4, kappa=1.0,
         critic_hidden=(128, 128), policy_hidden=(128, 128), normalize_observations=True,
         critic_lr=1e-3, policy_lr=3e-4, temperature_lr=3e-4, tau=0.02, target_entropy_scale=-1.0,
-        offline_cooldown=1 / 3, online_steps=17_500, warmup_steps=2_000, online_batch_size=256,
-        online_lr_scale=0.3, eval_every=2_500, eval_episodes=10,
+        policy_average_rate=2e-4, offline_cooldown=1 / 3, online_steps=17_500, warmup_steps=2_000,
+        online_batch_size=256, online_lr_scale=0.3, eval_every=2_500, eval_episodes=10,
     ),
     "small-adroit": dict(
         score_steps=12_000, score_batch_size=128, score_lr=1e-3, score_hidden=128, score_blocks=2,
@@ -164,7 +165,7 @@ PRESETS = {
     "from-scratch": dict(
         num_critics=2, critic_hidden=(256, 256), critic_activation="relu",
         policy_hidden=(256, 256), policy_lr=3e-4, temperature_lr=3e-4, target_entropy_scale=-1.0,
-        policy_average_rate=1.0, optimizer="adam", online_kappa=0.0, backup_entropy=True,
+        online_average_rate=1.0, optimizer="adam", online_kappa=0.0, backup_entropy=True,
         offline_fraction=0.0, online_steps=1_000_000, online_batch_size=256, eval_every=5_000,
         eval_episodes=10,
     ),
@@ -349,13 +350,14 @@ class ScoreModel(nn.Module):
 class Agent(nn.Module):
     """All networks, and the updates of phases 2 and 3. They return tensors: no wait for the GPU.
 
-    `policy` is trained, and collects. `policy_average`, over some 1,000 updates, is evaluated and
-    handed over: from one update to the next the policy itself jumps (docs/smac.md)."""
+    `policy` is trained, and collects. `policy_average`, its slow average, is evaluated and handed
+    over: from one update to the next the policy itself jumps by up to 20 points (docs/smac.md)."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         self.args = args
         self.target_entropy = args.target_entropy_scale * act_dim
+        self.average_rate = args.policy_average_rate  # main() sets online's
         self.policy = Policy(obs_dim, act_dim, args)
         self.critic = Critics(obs_dim, act_dim, args)
         self.policy_average = copy.deepcopy(self.policy).requires_grad_(False)
@@ -507,7 +509,7 @@ class Agent(nn.Module):
 
     def follow_policy(self) -> None:
         follow(self.policy_target, self.policy, self.args.tau)
-        follow(self.policy_average, self.policy, self.args.policy_average_rate)
+        follow(self.policy_average, self.policy, self.average_rate)
 
     @torch.no_grad()
     def act(self, s: Tensor, noisy_mode: bool) -> Tensor:
@@ -670,6 +672,7 @@ def main() -> None:
     td3 = args.online_algorithm.startswith("td3")
     from_dataset = round(args.offline_fraction * args.online_batch_size)
     agent.set_rates(args.online_lr_scale)
+    agent.average_rate = args.online_average_rate
     set_lr(agent.optimizers["temperature"], args.temperature_lr)  # --init-from loads an old rate
     warned = False
     for step in run.steps("online", args.online_steps):

@@ -193,6 +193,14 @@ def test_the_online_phase_begins_with_the_policy_that_was_evaluated(dataset, tmp
         assert same(part(after, network), average)
 
 
+def test_the_average_has_a_rate_of_its_own_online(dataset, tmp_path):
+    flags = ["--dataset", dataset, "--runs-dir", tmp_path, "--online-average-rate", 1]
+    folder = run_here(smac, *FEW, *flags, "--policy-average-rate", 0.05)
+    for name, equal in (("offline.pt", False), ("last.pt", True)):
+        state = load(folder / name)
+        assert same(part(state, "policy"), part(state, "policy_average")) == equal
+
+
 @pytest.mark.parametrize("algorithm", ["sac", "td3", "td3+bc", "awr"])
 def test_every_online_algorithm_starts_from_offline_pt(reference, start, algorithm):
     """With no flag for any network: the checkpoint brings their shapes."""
