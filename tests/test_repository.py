@@ -1,7 +1,9 @@
 """The files agree with each other, and stay as short as they are."""
 
 import ast
+import csv
 import dataclasses
+import gzip
 import importlib
 import re
 import shlex
@@ -206,3 +208,15 @@ def test_the_snippets_of_docs_copy_run(monkeypatch):
     s = torch.randn(11)
     torch.testing.assert_close(names["act"](s), agent.policy_average.mode(s[None])[0])
     assert names["metrics"]["sm_loss"].isfinite()
+
+
+TABLES = sorted(p for p in (ROOT / "docs" / "results").glob("*.csv*"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.name)
+def test_a_table_has_one_value_a_column(path):
+    """A comma in a name would shift a row."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="") as f:
+        rows = csv.reader(f)
+        n = len(next(rows))
+        assert [row for row in rows if len(row) != n] == []
