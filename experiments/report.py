@@ -74,7 +74,8 @@ class Args:
     by: tuple[str, ...] = ()  # flags that make different groups; all: those that differ in a group
     name: str = ""  # the experiment's; with one --by is all if not given
     # Packed experiments that get figures: those that pages show
-    figures: tuple[str, ...] = ("table-1", "baselines", "handover")
+    figures: tuple[str, ...] = ("table-1", "baselines", "handover", "weights")
+    identity_of: tuple[str, ...] = ("table-1",)  # those of them that get that of all cosines
     collect: bool = False  # packs run folders into tables in --out, default docs/results
     machine: str = ""  # of --collect: what the runs ran on
 
@@ -511,6 +512,9 @@ def transfer_table(groups: list[dict]) -> list[dict]:
 # ---- figures
 def band(axes, curves: list[dict[int, float]], shift: int, color) -> None:
     """Mean and interval over the curves, at the steps that all of them have."""
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     if not steps:
         return
@@ -522,12 +526,9 @@ def band(axes, curves: list[dict[int, float]], shift: int, color) -> None:
 
 def both_phases(axes, offline, online, color) -> None:
     """Pretraining ends at 0, where the online phase begins."""
-    offline = [curve for curve in offline if curve]
-    online = [curve for curve in online if curve]
-    if offline:
-        band(axes, offline, -max(max(curve) for curve in offline), color)
-    if online:
-        band(axes, online, 0, color)
+    length = max((max(curve) for curve in offline if curve), default=0)
+    band(axes, offline, -length, color)
+    band(axes, online, 0, color)
 
 
 def panels(n: int, ylabel: str, title: str, sharex: bool = True):
@@ -568,22 +569,16 @@ def save(figure, path: Path, colors: dict, title: str) -> None:
 
 def curves_figure(runs: list[Run], path: Path) -> None:
     """A panel an online algorithm; where several methods have variants, a panel a pair."""
-    split = len({run.offline for run in runs}) > 1 and len({run.variant for run in runs}) > 1
+    split = len({run.variant for run in runs}) > 1
     by_panel, names = {}, set()
     for run in runs:
-        title = f"online {run.online}"
-        if run.online in ("none", "its own"):
-            title = {"none": "pretraining only", "its own": "its own online phase"}[run.online]
-        name = ", ".join(filter(None, (run.offline, run.variant)))
+        title, name = online_title(run), run.offline
         if split:
             title, name = f"{run.offline}, {title}", run.variant
         by_panel.setdefault(title, {}).setdefault(name, []).append(run)
         names.add(name)
-    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
-    colors = dict(zip(sorted(names), palette * len(names)))
-    seeds = sorted({len(group) for lines in by_panel.values() for group in lines.values()})
-    title = f"{runs[0].task}: mean and 95 % interval over {' or '.join(map(str, seeds))} seeds"
-    figure, grid = panels(len(by_panel), "normalized return", title)
+    colors = colors_of(names)
+    figure, grid = panels(len(by_panel), "normalized return", seeds_title(by_panel))
     for axes, (title, lines) in zip(grid, sorted(by_panel.items())):
         axes.set_title(title)
         for name, group in sorted(lines.items()):
@@ -591,6 +586,80 @@ def curves_figure(runs: list[Run], path: Path) -> None:
             both_phases(axes, *zip(*curves), colors[name])
         shade_warm_start(axes, group[0])
     save(figure, path, colors, "variant" if split else "pretrained with")
+
+
+def handover_figure(runs: list[Run], path: Path) -> None:
+    """Of one offline method: a row an online algorithm, a line a variant. What is evaluated is
+    SMAC's slow average; what is collected and the cosine are the policy's own."""
+    by_row, names = {}, set()
+    for run in runs:
+        name = run.variant or "default"
+        by_row.setdefault(online_title(run), {}).setdefault(name, []).append(run)
+        names.add(name)
+    colors = colors_of(names)
+    titles = "pretraining", "evaluated", "collected", "cosine at collected states"
+    size = (14, 2.8 * len(by_row) + 1.6)
+    shape = dict(sharex="col", squeeze=False, figsize=size, layout="constrained")
+    figure, grid = plt.subplots(len(by_row), len(titles), **shape)
+    for row, (online, lines) in zip(grid, sorted(by_row.items())):
+        for name, group in sorted(lines.items()):
+            color = colors[name]
+            band(row[0], [run.curve("offline") for run in group], 0, color)
+            band(row[1], [run.curve("online") for run in group], 0, color)
+            collected = collected_curve(group)
+            row[2].plot(list(collected), list(collected.values()), ".-", color=color, markersize=4)
+            cosines = [read_cosines(run, "online").get("collected", {}) for run in group]
+            band(row[3], cosines, 0, color)
+        for axes, title in zip(row, titles):
+            axes.set_title(f"{online}, {title}" if axes in row[1:3] else title)
+            axes.grid(alpha=0.3)
+            axes.set_xlabel("environment steps")
+            axes.tick_params(labelbottom=True)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if axes is not row[0]:
+                shade_warm_start(axes, group[0])
+            if not axes.lines:
+                axes.axis("off")
+        row[0].set(xlabel="updates", ylabel="normalized return")
+        row[1].sharey(row[0])
+        row[2].sharey(row[0])
+        row[3].axhline(0, color="gray", linewidth=0.6)
+    figure.suptitle(f"{seeds_title(by_row)}\ngray: the warm start, without updates")
+    save(figure, path, colors, f"{runs[0].offline}, variant")
+
+
+def collected_curve(group: list[Run]) -> dict[int, float]:
+    """Mean over all episodes that ended between two evaluations, at the step of the second."""
+    ends, returns = [], []
+    for run in group:
+        for row in run.metrics:
+            if row["phase"] == "online" and row["name"] == "collected":
+                ends.append(int(row["step"]))
+                returns.append(float(row["value"]))
+    ends, returns = np.array(ends), np.array(returns)
+    steps = sorted(group[0].curve("online"))
+    curve = {}
+    for before, step in zip(steps, steps[1:]):
+        between = (before < ends) & (ends <= step)
+        if between.any():
+            curve[step] = float(returns[between].mean())
+    return curve
+
+
+def online_title(run: Run) -> str:
+    titles = {"none": "pretraining only", "its own": "its own online phase"}
+    return titles.get(run.online, f"online {run.online}")
+
+
+def colors_of(names: set[str]) -> dict:
+    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+    return dict(zip(sorted(names), palette * len(names)))
+
+
+def seeds_title(by_panel: dict[str, dict[str, list[Run]]]) -> str:
+    groups = [group for lines in by_panel.values() for group in lines.values()]
+    seeds = " or ".join(map(str, sorted({len(group) for group in groups})))
+    return f"{groups[0][0].task}: mean and 95 % interval over {seeds} seeds"
 
 
 def read_cosines(run: Run, phase: str) -> dict[str, dict[int, float]]:
@@ -674,7 +743,8 @@ def task_section(task: str, runs: list[Run], groups: list[dict], out: Path, draw
     text = [f"## {task}"]
     if draw:
         figure = figure_name("curve", runs[0].experiment, task)
-        curves_figure(runs, out / figure)
+        several = len({run.offline for run in runs}) > 1
+        (curves_figure if several else handover_figure)(runs, out / figure)
         text.append(f"![learning curves]({figure})")
     if len({tuple(run.curve("online")) for run in runs if run.curve("online")}) > 1:
         text.append("**Evaluated at different online steps: regrets cannot be compared.**")
@@ -720,7 +790,7 @@ def experiment_section(runs: list[Run], args: Args, out: Path) -> tuple[list, ..
     for task in dict.fromkeys(run.task for run in runs):
         here = [run for run in runs if run.task == task]
         text += task_section(task, here, [g for g in groups if g["task"] == task], out, draw)
-    if draw:
+    if draw and (not is_packed(args.dirs[0]) or name in args.identity_of):
         figure = figure_name("identity", name)
         if identity_figure(runs, out / figure):
             text.append(f"![identity check]({figure})")

@@ -449,6 +449,32 @@ def test_variants(tmp_path, monkeypatch):
     assert seeds == {"kappa=0.0": "2", "kappa=1.0": "3"}
 
 
+def test_one_methods_figure_shows_what_is_collected_and_the_cosine_there(tmp_path, monkeypatch):
+    for seed, kappa, returns in [(0, 0.0, (50, 30, 10)), (1, 0.0, (50, 20, 60)), (0, 1.0, (70,))]:
+        flags = dict(online_kappa=kappa)
+        online = dict(online={0: 90, 20: 80, 40: 70})
+        path = write_run(tmp_path / f"{seed}-{kappa}", "smac", "sac", seed, online, **flags)
+        with open(path / "metrics.csv", "a") as f:
+            for step, value in zip((15, 30, 35), returns):
+                f.write(f"{step},online,collected,{value}\n")
+            f.write(f"40,online,cosine_collected,{kappa - 0.5}\n")
+    with mock.patch.object(report.plt, "close"):
+        run_main(report, monkeypatch, tmp_path, "--by", "online_kappa", "--out", tmp_path / "out")
+    first = report.plt.figure(report.plt.get_fignums()[-2])  # the last is of all cosines
+    lines = {}
+    for axes in first.axes:
+        for line in axes.lines:
+            points = [(round(float(x)), round(float(y), 6)) for x, y in line.get_xydata()]
+            lines.setdefault(axes.get_title(), []).append(points)
+    titles = ["online SAC, evaluated", "online SAC, collected", "cosine at collected states"]
+    assert list(lines) == titles
+    assert lines["online SAC, evaluated"] == [[(0, 90), (20, 80), (40, 70)]] * 2
+    # episodes that ended up to step 20, and up to 40, over both seeds
+    assert lines["online SAC, collected"] == [[(20, 50), (40, 30)], [(20, 70)]]
+    assert lines["cosine at collected states"][:2] == [[(40, -0.5)], [(40, 0.5)]]
+    report.plt.close("all")
+
+
 def test_datasets_of_one_environment_are_compared_by_dataset(tmp_path):
     for seed, task in enumerate(("hopper-every-4", "hopper-embedded")):
         write_run(tmp_path, "smac", "sac", seed, dict(online={0: 1, 60: 2}), old=False, task=task)
@@ -487,7 +513,7 @@ def test_a_report_of_tables_is_that_of_the_folders(numbers, tmp_path, monkeypatc
     assert len(expected) == 4 + 2 + 1  # tables, curves, identity
     packed = files_in(tables)
     for _ in range(2):
-        run_main(report, monkeypatch, tables, "--figures", "tiny")
+        run_main(report, monkeypatch, tables, "--figures", "tiny", "--identity-of", "tiny")
         assert files_in(tables / "report") == expected
         assert files_in(tables) == packed
 
