@@ -591,6 +591,8 @@ def main() -> None:
     device = set_up(args)
     if not 0 <= args.offline_cooldown <= 1:
         sys.exit("error: --offline-cooldown is a share of the offline updates, from 0 to 1.")
+    if args.kappa < 0 or (args.online_kappa != "auto" and args.online_kappa < 0):
+        sys.exit("error: --kappa and --online-kappa are weights: 0 or more, or auto online.")
     env, eval_envs = TaskEnv(task), [TaskEnv(task) for _ in range(args.eval_episodes)]
     env.reset(episode_seed(args.seed, TRAINING, 0))
     obs_dim, act_dim = len(env.obs), env.action_space.shape[0]

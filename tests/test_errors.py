@@ -89,6 +89,8 @@ CASES = [
     ("--dataset {dataset} --final-episodes 0", "--final-episodes have to be 1 or more"),
     ("--dataset {dataset} --offline-cooldown 30", "--offline-cooldown is a share; from 0 to 1"),
     ("--dataset {dataset} --offline-cooldown -0.1", "--offline-cooldown is a share"),
+    ("--dataset {dataset} --kappa -1", "--kappa; weights: 0 or more"),
+    ("--dataset {dataset} --online-kappa -0.1", "--online-kappa are weights: 0 or more"),
     ("--dataset {dataset} --score-steps 0", "nothing fits a score; --score-steps; --kappa 0"),
     (
         "--offline-steps 0 --online-kappa 1",
