@@ -49,6 +49,7 @@ EITHER = (
     "Cal-QL/CQL"  # calibrated on some datasets, as the presets are: one row, the paper's Cal-QL
 )
 PAPER[EITHER] = PAPER["CQL"] = PAPER["Cal-QL"]
+COSINE = "cosine at collected states"
 # What two runs may differ in and still be seeds of one another. Some are of earlier versions
 NOT_SETTINGS = set("seed resume resumed runs_dir device threads torch_threads compile".split())
 NOT_SETTINGS |= set("init_from save_replay track capture_video checkpoint_every keep_every".split())
@@ -597,33 +598,34 @@ def handover_figure(runs: list[Run], path: Path) -> None:
         by_row.setdefault(online_title(run), {}).setdefault(name, []).append(run)
         names.add(name)
     colors = colors_of(names)
-    titles = "pretraining", "evaluated", "collected", "cosine at collected states"
-    size = (14, 2.8 * len(by_row) + 1.6)
+    columns = {
+        "pretraining": lambda group: [run.curve("offline") for run in group],
+        "evaluated": lambda group: [run.curve("online") for run in group],
+        "collected": lambda group: [collected_curve(group)],
+        COSINE: lambda group: [read_cosines(run, "online").get("collected") for run in group],
+    }
+    columns = {title: read for title, read in columns.items() if any(read(runs))}
+    size = (max(7, 3.5 * len(columns)), 2.8 * len(by_row) + 1.6)
     shape = dict(sharex="col", squeeze=False, figsize=size, layout="constrained")
-    figure, grid = plt.subplots(len(by_row), len(titles), **shape)
+    figure, grid = plt.subplots(len(by_row), len(columns), **shape)
     for row, (online, lines) in zip(grid, sorted(by_row.items())):
-        for name, group in sorted(lines.items()):
-            color = colors[name]
-            band(row[0], [run.curve("offline") for run in group], 0, color)
-            band(row[1], [run.curve("online") for run in group], 0, color)
-            collected = collected_curve(group)
-            row[2].plot(list(collected), list(collected.values()), ".-", color=color, markersize=4)
-            cosines = [read_cosines(run, "online").get("collected", {}) for run in group]
-            band(row[3], cosines, 0, color)
-        for axes, title in zip(row, titles):
-            axes.set_title(f"{online}, {title}" if axes in row[1:3] else title)
+        row[0].set_ylabel("normalized return")
+        for axes, (title, read) in zip(row, columns.items()):
+            for name, group in sorted(lines.items()):
+                band(axes, read(group), 0, colors[name])
             axes.grid(alpha=0.3)
-            axes.set_xlabel("environment steps")
             axes.tick_params(labelbottom=True)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            if axes is not row[0]:
+            if title == "pretraining":
+                axes.set(title=title, xlabel="updates")
+            else:
+                axes.set(title=f"{online}, {title}", xlabel="environment steps")
                 shade_warm_start(axes, group[0])
-            if not axes.lines:
-                axes.axis("off")
-        row[0].set(xlabel="updates", ylabel="normalized return")
-        row[1].sharey(row[0])
-        row[2].sharey(row[0])
-        row[3].axhline(0, color="gray", linewidth=0.6)
+            if title == COSINE:
+                axes.set_title(title)
+                axes.axhline(0, color="gray", linewidth=0.6)
+            elif axes is not row[0]:
+                axes.sharey(row[0])
     figure.suptitle(f"{seeds_title(by_row)}\ngray: the warm start, without updates")
     save(figure, path, colors, f"{runs[0].offline}, variant")
 
@@ -637,7 +639,7 @@ def collected_curve(group: list[Run]) -> dict[int, float]:
                 ends.append(int(row["step"]))
                 returns.append(float(row["value"]))
     ends, returns = np.array(ends), np.array(returns)
-    steps = sorted(group[0].curve("online"))
+    steps = sorted({step for run in group for step in run.curve("online")})
     curve = {}
     for before, step in zip(steps, steps[1:]):
         between = (before < ends) & (ends <= step)
@@ -658,7 +660,10 @@ def colors_of(names: set[str]) -> dict:
 
 def seeds_title(by_panel: dict[str, dict[str, list[Run]]]) -> str:
     groups = [group for lines in by_panel.values() for group in lines.values()]
-    seeds = " or ".join(map(str, sorted({len(group) for group in groups})))
+    counts = sorted({len(group) for group in groups})
+    if counts == [1]:
+        return f"{groups[0][0].task}: one seed"
+    seeds = " or ".join(map(str, counts))
     return f"{groups[0][0].task}: mean and 95 % interval over {seeds} seeds"
 
 
