@@ -67,7 +67,7 @@ from muon import Muon, bf16_is_fast
 @dataclass
 class Args:
     dataset: str = "hopper-embedded"  # file of data/prepare.py, or its name in data/; names the env
-    preset: str = "auto"  # small, small-adroit, ... (below: PRESETS); auto: the dataset's family's
+    preset: str = "auto"  # small, small-adroit, ... (a wrong one lists all); auto: the family's
     init_from: str | None = None  # offline.pt of this script, or of a baseline's: only phase 3
     resume: str | None = None  # run folder: go on exactly where its last.pt stands
     seed: int = 0  # of networks, batches, exploration and episodes
@@ -774,6 +774,9 @@ def parse_args() -> tuple[Args, "Task"]:
     default, kept = Args(), {}
     if given.init_from:
         saved = read_checkpoint(given.init_from)
+        if ALGORITHM not in ("smac", saved["algorithm"]):
+            where = f"{given.init_from} is a checkpoint of {saved['algorithm']}"
+            sys.exit(f"error: {where}: smac_offline_to_online.py takes those of all scripts.")
         default = Args(dataset=saved["args"]["dataset"], preset=saved["args"]["preset"])
         given, _ = tyro.cli(Args, default=default, add_help=False, return_unknown_args=True)
         # of this script's file all flags but those of that run alone, of another's the networks'
@@ -802,6 +805,8 @@ def parse_args() -> tuple[Args, "Task"]:
 
 
 def parse_resume(folder: str) -> tuple[Args, "Task"]:
+    if not Path(folder).expanduser().is_dir():
+        sys.exit(f"error: --resume takes a run's folder, and {folder} is none.")
     saved = read_checkpoint(f"{folder}/last.pt")
     if saved["algorithm"] != ALGORITHM:
         sys.exit(f"error: {folder} is a run of {saved['algorithm']}: resume it with that script.")
@@ -831,8 +836,18 @@ def print_flags(start: str, default: Args, args: Args, told: tuple[str, ...] = (
 def set_up(args: Args) -> torch.device:
     if min(args.eval_episodes, args.final_episodes) < 1:
         sys.exit("error: --eval-episodes and --final-episodes have to be 1 or more.")
+    if min(args.seed, args.offline_steps, args.online_steps) < 0 or args.threads < 1:
+        sys.exit("error: --seed and numbers of steps have to be 0 or more, --threads 1 or more.")
+    if not 0 <= args.offline_fraction <= 1:
+        sys.exit("error: --offline-fraction is a share of each batch, from 0 to 1.")
+    if min(args.offline_batch_size, args.online_batch_size) < 2:
+        sys.exit("error: a batch has 2 rows or more.")
+    if not (args.critic_hidden and args.policy_hidden):
+        sys.exit("error: --critic-hidden and --policy-hidden need sizes, such as 256 256.")
     if 0 < args.online_steps <= args.warmup_steps:
         print("no update online: --online-steps is not above --warmup-steps")
+    if 0 < args.online_steps < args.eval_every:
+        print("no evaluation online but the first: --eval-every is above --online-steps")
     if args.track and importlib.util.find_spec("wandb") is None:
         sys.exit("error: --track needs Weights & Biases: pip install wandb.")
     sys.path.append(os.getcwd())  # where one's own my_module:MyEnv-v0 may lie
@@ -1172,6 +1187,8 @@ class Run:
                 break
             except FileExistsError:  # another run of the same second
                 self.path = self.path.with_name(self.path.name + "b")
+            except OSError as error:
+                sys.exit(f"error: no run folder can be made in --runs-dir: {error}.")
         folder = shlex.quote(str(Path(__file__).resolve().parent))
         commit = os.popen(f"git -C {folder} describe --always --dirty=+ 2>{os.devnull}").read()
         # the commit has a + where files differ from it

@@ -359,6 +359,9 @@ def read_columns(file: dict, path: Path) -> dict[str, np.ndarray]:
         if is_wrong or column.dtype.kind not in "fiub":
             what = f"{column.dtype} of shape {column.shape} beside observations of {shape}"
             sys.exit(f"error: {path}: {name} are {what}: give numbers, a row a step.")
+    for name in ("terminals", "timeouts"):
+        if name in columns and not np.isin(columns[name], (0, 1)).all():
+            sys.exit(f"error: {path}: {name} have values besides 0 and 1: give booleans.")
     return columns
 
 

@@ -525,10 +525,10 @@ def band(axes, curves: list[dict[int, float]], shift: int, color) -> None:
     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def both_phases(axes, offline, online, color) -> None:
+def both_phases(axes, group: list[Run], offline, online, color) -> None:
     """Pretraining ends at 0, where the online phase begins."""
-    length = max((max(curve) for curve in offline if curve), default=0)
-    band(axes, offline, -length, color)
+    source = group[0].parent or group[0]
+    band(axes, offline, -source.config["offline_steps"], color)
     band(axes, online, 0, color)
 
 
@@ -584,7 +584,7 @@ def curves_figure(runs: list[Run], path: Path) -> None:
         axes.set_title(title)
         for name, group in sorted(lines.items()):
             curves = [[run.curve("offline"), run.curve("online")] for run in group]
-            both_phases(axes, *zip(*curves), colors[name])
+            both_phases(axes, group, *zip(*curves), colors[name])
         shade_warm_start(axes, group[0])
     save(figure, path, colors, "variant" if split else "pretrained with")
 
@@ -707,7 +707,7 @@ def identity_figure(runs: list[Run], path: Path) -> bool:
         for name, (label, color) in kinds.items():
             offline = [cosines.get(name) for _, cosines, _ in group]
             online = [cosines.get(name) for _, _, cosines in group]
-            both_phases(axes, offline, online, color)
+            both_phases(axes, [run for run, _, _ in group], offline, online, color)
             if any(offline + online):
                 shown[label] = color
     save(figure, path, shown, "taken at")

@@ -82,7 +82,7 @@ CASES = [
     ("--init-from {reference}/offline.pt --score-blocks 2", "offline.pt do not fit"),
     ("--init-from {bad}/iql.pt --dataset {dataset} --policy-hidden 8", "iql.pt do not fit"),
     ("--resume {bad}", "there is no {bad}/last.pt"),
-    ("--resume {reference}/last.pt", "there is no {reference}/last.pt/last.pt"),
+    ("--resume {reference}/last.pt", "--resume takes a run's folder; last.pt is none"),
     # flags and machine
     ("--preset hopper", "no preset hopper; auto; paper; small; from-scratch"),
     ("--dataset {dataset} --eval-episodes 0", "--eval-episodes; have to be 1 or more"),
@@ -90,6 +90,13 @@ CASES = [
     ("--dataset {dataset} --offline-cooldown 30", "--offline-cooldown is a share; from 0 to 1"),
     ("--dataset {dataset} --offline-cooldown -0.1", "--offline-cooldown is a share"),
     ("--dataset {dataset} --kappa -1", "--kappa; weights: 0 or more"),
+    ("--dataset {dataset} --offline-fraction 50", "--offline-fraction is a share; from 0 to 1"),
+    ("--dataset {dataset} --seed -1", "--seed; have to be 0 or more"),
+    ("--dataset {dataset} --offline-steps -5", "numbers of steps have to be 0 or more"),
+    ("--dataset {dataset} --threads 0", "--threads 1 or more"),
+    ("--dataset {dataset} --online-batch-size 1", "a batch has 2 rows or more"),
+    ("--dataset {dataset} --critic-hidden", "--critic-hidden; need sizes, such as 256 256"),
+    ("--dataset {dataset} --runs-dir {dataset}", "no run folder can be made in --runs-dir"),
     ("--dataset {dataset} --online-kappa -0.1", "--online-kappa are weights: 0 or more"),
     ("--dataset {dataset} --score-steps 0", "nothing fits a score; --score-steps; --kappa 0"),
     (
@@ -131,7 +138,7 @@ def test_another_scripts_checkpoint_is_one_sentence(script, reference, dataset, 
     with pytest.raises(SystemExit) as problem:
         run_here(script, *flags, "--init-from", reference / "offline.pt")
     sentence = str(problem.value)
-    assert "offline.pt do not fit this script" in sentence and len(sentence) < 250
+    assert "offline.pt is a checkpoint of smac: smac_offline_to_online.py takes" in sentence
 
 
 def test_an_unknown_flag_ends_with_code_2(capsys):

@@ -830,6 +830,8 @@ def test_a_checkpoint_without_a_replay_is_refused(tmp_path):
         (dict(actions=np.zeros((5, 4))), "(11, 4) numbers, Hopper-v5 has (11, 3)"),
         (dict(rewards=[1, 1, 1, np.nan, 1]), "rewards have NaN or infinity, first in row 3"),
         (dict(actions=np.where(np.eye(5, 3, -1), np.inf, 0)), "actions have NaN or infinity"),
+        (dict(terminals=[0, 0, 0.5, 0, 1]), "terminals have values besides 0 and 1"),
+        (dict(timeouts=[0, 0, np.nan, 0, 1]), "timeouts have values besides 0 and 1"),
     ],
 )
 def test_columns_that_cannot_be_used_are_refused(tmp_path, change, problem):

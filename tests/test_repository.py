@@ -22,10 +22,10 @@ import smac_offline_to_online as smac
 # Of counts.py. Lower a number where a script has become shorter; where one stands in the way of a
 # reader, the reader wins.
 CEILINGS = {
-    "smac_offline_to_online.py": dict(lines=1334, shared=576, network=199, tokens=13, dense=49),
-    "cal_ql.py": dict(lines=1052, shared=576, network=162, tokens=13, dense=35),
-    "iql.py": dict(lines=976, shared=576, network=161, tokens=13, dense=35),
-    "td3_bc.py": dict(lines=951, shared=576, network=161, tokens=13, dense=35),
+    "smac_offline_to_online.py": dict(lines=1351, shared=593, network=199, tokens=13, dense=49),
+    "cal_ql.py": dict(lines=1069, shared=593, network=162, tokens=13, dense=35),
+    "iql.py": dict(lines=993, shared=593, network=161, tokens=13, dense=35),
+    "td3_bc.py": dict(lines=968, shared=593, network=161, tokens=13, dense=35),
 }
 # Above the banner, what has one name in several scripts is one thing, word for word, but for:
 OWN = {"Args", "Agent", "Policy", "Critics", "main"}
